@@ -177,8 +177,9 @@ class ParamserverConfig(Section):
 
     upstream: Endpoint | None = None
     """Of a relay: the parameter server (or relay) it gets its weights from."""
-    hold_s: PositiveFloat = 10.0
-    """How long a request for newer weights is held open when there are none."""
+    hold_s: PositiveFloat = 3.0
+    """How long a request for newer weights is held open when there are none. A client asks again after twice
+    this time without an answer, so it also bounds how fast clients notice a restarted server."""
     seat_lease_s: PositiveFloat = 30.0
     """An actor that is silent for this long loses its seat."""
     snapshot_interval_s: PositiveFloat = 10.0
@@ -196,7 +197,7 @@ class WireConfig(Section):
     """Where actors and learners find the parameter server, or actors a relay."""
     paramserver_bind: Endpoint = "tcp://*:5556"
     """Where a parameter server listens."""
-    codec: Literal["zstd", "lz4", "none"] = "zstd"
+    codec: Literal["zstd", "none"] = "zstd"
     """Compression of byte observations."""
     send_queue: Annotated[int, Field(ge=1, le=64)] = 2
     """Rollout messages an actor may have waiting per learner. Each one is policy lag."""
@@ -462,6 +463,8 @@ def _set(values: dict[str, Any], key: str, text: str, shown: str) -> None:
             value = text
         if isinstance(value, str) and not text.startswith(("[", "{")):
             value = text.split(",")
+    elif text.lower() in ("null", "none") and type(None) in get_args(annotation):
+        value = None
     else:
         try:
             value = TypeAdapter(annotation).validate_strings(text, strict=False)

@@ -1,0 +1,382 @@
+"""Messages to lists of frames and back: sans-I/O, no sockets, no clocks.
+
+A message is a small msgpack header and then one raw buffer per array or payload, which are neither copied on
+the way out nor on the way in. Whatever arrives is checked before anything is allocated for it: a frame list
+that breaks a rule is a ``WireError`` with a countable reason, never another exception. Only ``unpack_into``
+runs a decompressor, and only into a buffer of the size that the run's schema fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import msgpack
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from services.wire.messages import (
+    PROTOCOL_VERSION,
+    ArraySpec,
+    Buffer,
+    Client,
+    Episode,
+    Goodbye,
+    Message,
+    PackedArray,
+    Publish,
+    Published,
+    Pull,
+    Refusal,
+    Rollout,
+    RunState,
+    Weights,
+)
+
+Codec = Literal["none", "zstd"]
+Reason = Literal["malformed", "protocol", "run", "oversized", "schema", "corrupt"]
+"""malformed: not one of our messages; protocol: another version of them; run: of another run; oversized: over
+``max_message_bytes``; schema: not the arrays of this run; corrupt: does not decompress to what it says."""
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+ZSTD_LEVEL = 1
+MAX_HEADER_BYTES = 1 << 20
+MAX_FRAMES = 64
+MAX_NAME = 256
+MAX_SEATS = 16_384
+DTYPES = frozenset({"uint8", "bool", "int32", "int64", "float32"})
+
+
+class WireError(ValueError):
+    """What arrived is not acceptable. ``reason`` is a metric label, the text is for the log."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(f"{reason}: {text}")
+        self.reason: Reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a receiver accepts."""
+
+    run_id: str
+    max_message_bytes: int
+    schema: Mapping[str, ArraySpec] | None = None
+    """Of rollouts; who passes none accepts no rollouts."""
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------
+
+
+class Packer:
+    """Compresses arrays. Holds a compression context, so one per thread."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec: Codec = codec
+        self._zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+
+    def pack(self, array: NDArray[Any]) -> PackedArray:
+        """Byte arrays are compressed; all others travel as they are, without a copy if they are contiguous."""
+        contiguous = np.ascontiguousarray(array)
+        data: Buffer = contiguous.reshape(-1).view(np.uint8).data
+        codec: Codec = self.codec if array.dtype == np.uint8 else "none"
+        if codec == "zstd":
+            data = self._zstd.compress(data)
+        return PackedArray(dtype=array.dtype.name, shape=array.shape, codec=codec, data=data)
+
+
+class Unpacker:
+    """Decompresses arrays. Holds a decompression context, so one per thread."""
+
+    def __init__(self) -> None:
+        self._zstd = zstandard.ZstdDecompressor()
+
+    def unpack_into(self, packed: PackedArray, out: NDArray[Any]) -> None:
+        """Fill ``out``, which has the array's dtype and shape and is contiguous; WireError if it does not fit."""
+        assert out.flags.c_contiguous and out.shape == packed.shape and out.dtype.name == packed.dtype
+        if packed.codec == "none":
+            np.copyto(out, view(packed))
+            return
+        target = out.reshape(-1).view(np.uint8)
+        try:
+            # Streaming into the caller's buffer: a frame that lies about its size can neither make us
+            # allocate nor write past the end.
+            with self._zstd.stream_reader(packed.data) as reader:
+                written = 0
+                while written < target.nbytes:
+                    count = reader.readinto(target[written:])
+                    if not count:
+                        break
+                    written += count
+                longer = written == target.nbytes and bool(reader.read(1))
+        except (zstandard.ZstdError, ValueError, MemoryError) as error:
+            raise WireError("corrupt", f"zstd: {error}") from None
+        if written != target.nbytes or longer:
+            raise WireError("corrupt", f"zstd: {'more' if longer else written} bytes where {target.nbytes} were announced")
+
+
+def view(packed: PackedArray) -> NDArray[Any]:
+    """The array of an uncompressed PackedArray, sharing its memory."""
+    assert packed.codec == "none"
+    return np.frombuffer(packed.data, packed.dtype).reshape(packed.shape)
+
+
+def size_bytes(frames: Sequence[Buffer]) -> int:
+    """Bytes of payload in a message."""
+    return sum(memoryview(frame).nbytes for frame in frames)
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------
+
+
+def encode(message: Message) -> list[Buffer]:
+    """The frames of a message."""
+    match message:
+        case Rollout():
+            packed = message.arrays.values()
+            header = [
+                *_rollout_head(message),
+                [[e.episode_return, e.length] for e in message.episodes],
+                [[name, a.dtype, a.shape, a.codec] for name, a in message.arrays.items()],
+            ]
+            return _frames("rollout", header, *(array.data for array in packed))
+        case Pull():
+            seats_for = [[c.client_id, c.incarnation] for c in message.seats_for]
+            return _frames("pull", [message.run_id, *_client(message.sender), message.have_version, seats_for])
+        case Weights():
+            head = [message.run_id, message.server_incarnation, message.state, message.version, message.steps]
+            return _frames("weights", [*head, message.seats], *_optional(message.payload))
+        case Publish():
+            head = [message.run_id, *_client(message.sender), message.state, message.version, message.steps]
+            return _frames("publish", head, *_optional(message.payload))
+        case Published():
+            return _frames("published", [message.run_id, message.server_incarnation, message.version])
+        case Goodbye():
+            return _frames("goodbye", [message.run_id, *_client(message.sender)])
+        case Refusal():
+            return _frames("refusal", [message.reason, message.text])
+
+
+def _rollout_head(r: Rollout) -> list[Any]:
+    return [r.run_id, r.actor_id, r.incarnation, r.sequence, r.policy_version, r.task]
+
+
+def _client(client: Client) -> list[Any]:
+    return [client.client_id, client.incarnation]
+
+
+def _optional(payload: Buffer | None) -> tuple[Buffer, ...]:
+    return () if payload is None else (payload,)
+
+
+def _frames(kind: str, fields: list[Any], *buffers: Buffer) -> list[Buffer]:
+    return [msgpack.packb([PROTOCOL_VERSION, kind, fields]), *buffers]
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------
+
+
+def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
+    """The message in these frames; WireError if it is not an acceptable one.
+
+    The arrays and payloads of the result share the memory of ``frames``.
+    """
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise WireError("malformed", f"{len(frames)} frames; allowed are 1 to {MAX_FRAMES}")
+    total = size_bytes(frames)
+    if total > expected.max_message_bytes:
+        raise WireError("oversized", f"{total} bytes; allowed are {expected.max_message_bytes}")
+    kind, fields = _open_header(frames[0])
+    buffers = [memoryview(frame) for frame in frames[1:]]
+    if kind == "refusal":
+        reason, text = _take(fields, 2)
+        return Refusal(reason=_text(reason), text=_text(text, longest=4096))
+    if not fields or fields[0] != expected.run_id:
+        shown = repr(fields[0])[:80] if fields else "nothing"
+        raise WireError("run", f"run {shown}; this is run {expected.run_id!r}")
+    match kind:
+        case "rollout":
+            return _rollout(fields, buffers, expected)
+        case "pull":
+            run_id, client_id, incarnation, have_version, seats_for = _take(fields, 5)
+            _no_buffers(buffers)
+            return Pull(
+                run_id=run_id,
+                sender=_to_client([client_id, incarnation]),
+                have_version=_integer(have_version, low=-1),
+                seats_for=tuple(_to_client(c) for c in _list(seats_for, longest=MAX_SEATS)),
+            )
+        case "weights":
+            run_id, incarnation, state, version, steps, seats = _take(fields, 6)
+            return Weights(
+                run_id=run_id,
+                server_incarnation=_integer(incarnation),
+                state=_state(state),
+                version=_integer(version, low=-1),
+                steps=_integer(steps),
+                seats=tuple(_integer(seat) for seat in _list(seats, longest=MAX_SEATS)),
+                payload=_at_most_one(buffers),
+            )
+        case "publish":
+            run_id, client_id, incarnation, state, version, steps = _take(fields, 6)
+            return Publish(
+                run_id=run_id,
+                sender=_to_client([client_id, incarnation]),
+                state=_state(state),
+                version=_integer(version),
+                steps=_integer(steps),
+                payload=_at_most_one(buffers),
+            )
+        case "published":
+            run_id, incarnation, version = _take(fields, 3)
+            _no_buffers(buffers)
+            return Published(
+                run_id=run_id, server_incarnation=_integer(incarnation), version=_integer(version, low=-1)
+            )
+        case "goodbye":
+            run_id, client_id, incarnation = _take(fields, 3)
+            _no_buffers(buffers)
+            return Goodbye(run_id=run_id, sender=_to_client([client_id, incarnation]))
+        case _:
+            raise WireError("malformed", f"message kind {kind!r:.80}")
+
+
+def _open_header(frame: Buffer) -> tuple[str, list[Any]]:
+    if memoryview(frame).nbytes > MAX_HEADER_BYTES:
+        raise WireError("malformed", f"header of {memoryview(frame).nbytes} bytes; allowed are {MAX_HEADER_BYTES}")
+    try:
+        header = msgpack.unpackb(frame, max_buffer_size=MAX_HEADER_BYTES, ext_hook=_no_extension)
+    except Exception as error:  # msgpack raises its own tree, ValueError, UnicodeDecodeError, RecursionError
+        raise WireError("malformed", f"header: {type(error).__name__}") from None
+    if not isinstance(header, list) or len(header) != 3 or not isinstance(header[0], int):
+        raise WireError("malformed", "header is not [protocol version, kind, fields]")
+    version, kind, fields = header
+    if kind == "refusal" and isinstance(fields, list):
+        return kind, fields  # readable across versions, or a mismatch could not be explained
+    if version != PROTOCOL_VERSION:
+        raise WireError("protocol", f"the peer speaks protocol {version}, this is protocol {PROTOCOL_VERSION}")
+    if not isinstance(kind, str) or not isinstance(fields, list):
+        raise WireError("malformed", "header is not [protocol version, kind, fields]")
+    return kind, fields
+
+
+def _no_extension(code: int, data: bytes) -> None:
+    raise ValueError("msgpack extension types are not used")
+
+
+def _rollout(fields: list[Any], buffers: list[memoryview], expected: Expected) -> Rollout:
+    if expected.schema is None:
+        raise WireError("malformed", "a rollout where none is accepted")
+    run_id, actor_id, incarnation, sequence, policy_version, task, episodes, arrays = _take(fields, 8)
+    if not isinstance(arrays, list) or len(arrays) != len(expected.schema) or len(buffers) != len(arrays):
+        raise WireError("schema", f"{len(buffers)} arrays; allowed are {', '.join(expected.schema)}")
+    packed: dict[str, PackedArray] = {}
+    for entry, data in zip(arrays, buffers, strict=True):
+        if not isinstance(entry, list) or len(entry) != 4 or not isinstance(entry[0], str):
+            raise WireError("malformed", "array entry is not [name, dtype, shape, codec]")
+        name = entry[0]
+        spec = expected.schema.get(name)
+        if spec is None or name in packed:
+            raise WireError("schema", f"array {name!r:.80}; allowed, once each, are {', '.join(expected.schema)}")
+        packed[name] = _array(name, entry, data, spec)
+    return Rollout(
+        run_id=run_id,
+        actor_id=_text(actor_id),
+        incarnation=_integer(incarnation),
+        sequence=_integer(sequence),
+        policy_version=_integer(policy_version),
+        task=_integer(task, high=2**31),
+        episodes=tuple(_episode(e) for e in _list(episodes, longest=65_536)),
+        arrays=packed,
+    )
+
+
+def _array(name: str, entry: list[Any], data: memoryview, spec: ArraySpec) -> PackedArray:
+    _, dtype, shape, codec = entry
+    if dtype != spec.dtype or not isinstance(shape, list) or tuple(shape) != spec.shape:
+        raise WireError(
+            "schema", f"{name} is {dtype!r:.40} {shape!r:.80}; allowed is {spec.dtype} {list(spec.shape)}"
+        )
+    if spec.dtype not in DTYPES:
+        raise WireError("schema", f"{name}: dtype {spec.dtype} does not travel")
+    packed = PackedArray(dtype=spec.dtype, shape=spec.shape, codec=codec, data=data)
+    if codec == "none":
+        announced = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+        if data.nbytes != announced:
+            raise WireError("corrupt", f"{name} has {data.nbytes} bytes; its shape needs {announced}")
+        _check_values(name, packed, spec)
+    elif codec != "zstd" or spec.dtype != "uint8":
+        raise WireError("schema", f"{name}: codec {codec!r:.40} for {spec.dtype}")
+    return packed
+
+
+def _check_values(name: str, packed: PackedArray, spec: ArraySpec) -> None:
+    """Values that would crash or poison the training step must not get near it."""
+    if spec.dtype == "float32":
+        if not np.isfinite(view(packed)).all():
+            raise WireError("schema", f"{name} holds a value that is not finite")
+    elif spec.dtype == "bool":
+        if np.frombuffer(packed.data, np.uint8).max(initial=0) > 1:
+            raise WireError("schema", f"{name} holds a byte that is neither 0 nor 1")
+    elif spec.low is not None or spec.high is not None:
+        array = view(packed)
+        low, high = spec.low, spec.high
+        if array.size and ((low is not None and array.min() < low) or (high is not None and array.max() > high)):
+            raise WireError("schema", f"{name} holds {array.min()} to {array.max()}; allowed are {low} to {high}")
+
+
+def _take(fields: list[Any], count: int) -> list[Any]:
+    if len(fields) != count:
+        raise WireError("malformed", f"{len(fields)} header fields where {count} belong")
+    return fields
+
+
+def _list(value: Any, longest: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) > longest:
+        raise WireError("malformed", f"not a list of at most {longest}")
+    return value
+
+
+def _text(value: Any, longest: int = MAX_NAME) -> str:
+    if not isinstance(value, str) or len(value) > longest:
+        raise WireError("malformed", f"not a text of at most {longest} characters")
+    return value
+
+
+def _integer(value: Any, low: int = 0, high: int = 2**63) -> int:
+    if type(value) is not int or not low <= value < high:
+        raise WireError("malformed", f"{value!r:.40} where an integer from {low} to below {high} belongs")
+    return value
+
+
+def _state(value: Any) -> RunState:
+    if value not in get_args(RunState):
+        raise WireError("malformed", f"run state {value!r:.40}")
+    return cast(RunState, value)
+
+
+def _to_client(value: Any) -> Client:
+    client_id, incarnation = _take(_list(value, longest=2), 2)
+    return Client(client_id=_text(client_id), incarnation=_integer(incarnation))
+
+
+def _episode(value: Any) -> Episode:
+    episode_return, length = _take(_list(value, longest=2), 2)
+    if type(episode_return) is not float or not math.isfinite(episode_return):
+        raise WireError("malformed", f"episode return {episode_return!r:.40}")
+    return Episode(episode_return=episode_return, length=_integer(length))
+
+
+def _no_buffers(buffers: list[memoryview]) -> None:
+    if buffers:
+        raise WireError("malformed", f"{len(buffers)} frames too many")
+
+
+def _at_most_one(buffers: list[memoryview]) -> memoryview | None:
+    if len(buffers) > 1:
+        raise WireError("malformed", f"{len(buffers) - 1} frames too many")
+    return buffers[0] if buffers else None

@@ -1,0 +1,175 @@
+"""The only place that imports zmq: four sockets, what each may block on, and what each may drop.
+
+| socket | used by | blocks | drops |
+| --- | --- | --- | --- |
+| RolloutSender (PUSH) | actor | when every learner's queue is full: backpressure, counted by the caller | what is unsent when the process ends |
+| RolloutReceiver (PULL) | learner | never longer than its timeout | nothing; what it does not read, actors keep |
+| Requester (DEALER) | actor, learner, relay | never longer than its timeout | a reply that comes after it gave up |
+| Replier (ROUTER) | parameter server | never longer than its timeout | a reply to a client that is gone |
+
+Queues are counted in messages and kept at one or two: every rollout that waits in a buffer is policy lag.
+All sockets heartbeat and reconnect by themselves, because pods come back under new addresses. A socket
+belongs to the thread that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from services.wire.messages import Buffer
+
+HEARTBEAT_MS = 2_000
+HEARTBEAT_TIMEOUT_MS = 6_000
+RECONNECT_MS = 100
+RECONNECT_MAX_MS = 2_000
+KERNEL_BUFFER_BYTES = 256 * 1024
+
+
+class _Socket:
+    """Options that all sockets share."""
+
+    def __init__(self, kind: int, max_message_bytes: int) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+        for option, value in {
+            zmq.LINGER: 0,
+            zmq.MAXMSGSIZE: max_message_bytes,  # per frame; libzmq disconnects a peer that exceeds it
+            zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
+            zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
+            zmq.HEARTBEAT_TTL: HEARTBEAT_TIMEOUT_MS,
+            zmq.RECONNECT_IVL: RECONNECT_MS,
+            zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+            zmq.HANDSHAKE_IVL: 10_000,
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.SNDBUF: KERNEL_BUFFER_BYTES,
+            zmq.RCVBUF: KERNEL_BUFFER_BYTES,
+        }.items():
+            self._socket.setsockopt(option, value)
+
+    def _bind(self, endpoint: str) -> None:
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise ValueError(f"cannot listen on {endpoint}: {error.strerror}") from None
+
+    @property
+    def endpoint(self) -> str:
+        """The address last bound or connected, with the port that a wildcard was given."""
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close; messages not yet handed to the kernel are tried for ``linger_s``."""
+        self._socket.close(linger=round(linger_s * 1000))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RolloutSender(_Socket):
+    """An actor's side: deals rollouts round-robin to the learners that have room."""
+
+    def __init__(self, endpoints: Sequence[str], queue: int, max_message_bytes: int) -> None:
+        super().__init__(zmq.PUSH, max_message_bytes)
+        self._socket.setsockopt(zmq.SNDHWM, queue)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for learners that are really there
+        for endpoint in endpoints:
+            self._socket.connect(endpoint)
+
+    def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+        """Hand over a message; False if no learner had room within ``timeout_s``.
+
+        Large frames are not copied: their memory must stay as it is until the message has left.
+        """
+        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
+            return False
+        try:
+            self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+
+class RolloutReceiver(_Socket):
+    """A learner's side."""
+
+    def __init__(self, endpoint: str, queue: int, max_message_bytes: int) -> None:
+        super().__init__(zmq.PULL, max_message_bytes)
+        self._socket.setsockopt(zmq.RCVHWM, queue)
+        self._bind(endpoint)
+
+    def receive(self, timeout_s: float) -> list[Buffer] | None:
+        """The next message's frames, not copied; None if there is none within ``timeout_s``."""
+        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
+            return None
+        try:
+            return [part.buffer for part in self._socket.recv_multipart(zmq.DONTWAIT, copy=False)]
+        except zmq.Again:
+            return None
+
+
+class Requester(_Socket):
+    """A client of the parameter server. One request is open at a time, and a new one replaces it."""
+
+    def __init__(self, endpoint: str, max_message_bytes: int) -> None:
+        super().__init__(zmq.DEALER, max_message_bytes)
+        self._socket.setsockopt(zmq.SNDHWM, 4)
+        self._socket.setsockopt(zmq.RCVHWM, 4)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.connect(endpoint)
+
+    def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+        """Send a request; False if the server is not there within ``timeout_s``."""
+        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
+            return False
+        try:
+            self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, timeout_s: float) -> list[Buffer] | None:
+        """The next reply's frames, not copied; None if there is none within ``timeout_s``."""
+        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
+            return None
+        try:
+            return [part.buffer for part in self._socket.recv_multipart(zmq.DONTWAIT, copy=False)]
+        except zmq.Again:
+            return None
+
+
+class Replier(_Socket):
+    """The parameter server's side. ``peer`` names a connection, not a client: a client that reconnects is a new peer."""
+
+    def __init__(self, endpoint: str, max_message_bytes: int) -> None:
+        super().__init__(zmq.ROUTER, max_message_bytes)
+        self._socket.setsockopt(zmq.SNDHWM, 8)
+        self._socket.setsockopt(zmq.RCVHWM, 8)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # report peers that are gone or do not read
+        self._bind(endpoint)
+
+    def receive(self, timeout_s: float) -> tuple[bytes, list[Buffer]] | None:
+        """(peer, frames) of the next request; None if there is none within ``timeout_s``."""
+        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
+            return None
+        try:
+            peer, *parts = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return None
+        return bytes(peer.buffer), [part.buffer for part in parts]
+
+    def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
+        """Answer; False if the peer is gone or has stopped reading."""
+        try:
+            self._socket.send_multipart([peer, *frames], zmq.DONTWAIT, copy=False)
+        except (zmq.Again, zmq.ZMQError):
+            return False
+        return True
