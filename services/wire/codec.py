@@ -249,7 +249,7 @@ def _open_header(frame: Buffer) -> tuple[str, list[Any]]:
     if memoryview(frame).nbytes > MAX_HEADER_BYTES:
         raise WireError("malformed", f"header of {memoryview(frame).nbytes} bytes; allowed are {MAX_HEADER_BYTES}")
     try:
-        header = msgpack.unpackb(frame, max_buffer_size=MAX_HEADER_BYTES, ext_hook=_no_extension)
+        header = msgpack.unpackb(frame, ext_hook=_no_extension)
     except Exception as error:  # msgpack raises its own tree, ValueError, UnicodeDecodeError, RecursionError
         raise WireError("malformed", f"header: {type(error).__name__}") from None
     if not isinstance(header, list) or len(header) != 3 or not isinstance(header[0], int):
