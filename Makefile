@@ -1,0 +1,60 @@
+# Everything runs from .venv, which the first target that needs it builds and the others leave alone.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check bench lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Pass options with ARGS, for example: make test ARGS="tests/unit -k vtrace"'
+
+train: .venv/.installed ## train on this machine: parameter server, learner and actors as processes
+	$(BIN)/impala train $(ARGS)
+
+test: .venv/.installed ## run the tests
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),tests)
+
+check: .venv/.installed ## lint, formatting, types, import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy services tests benchmarks
+	$(BIN)/lint-imports
+
+bench: .venv/.installed ## measure
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Resolves anew with the oldest Python we support, so that the pins hold on every one. torch stays where
+# the old lock has it (move it by hand), and it pins its own CUDA packages, which a CPU build lacks.
+lock: ## renew constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	    || { echo 'make lock: needs Python 3.11, the oldest we support; try make lock PYTHON=python3.11' >&2; exit 1; }
+	rm -rf build/lock && mkdir -p build
+	$(PYTHON) -m venv build/lock
+	grep '^torch==' constraints.txt > build/torch.txt
+	build/lock/bin/pip install -c build/torch.txt -e '.[dev,vizdoom]'
+	{ grep '^#' constraints.txt; \
+	  build/lock/bin/pip freeze --all --exclude pip --exclude-editable \
+	    | sed -E -e 's/\+[a-z0-9.]+$$//' -e '/^(nvidia|cuda|triton)/d'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/lock build/torch.txt
+
+clean: ## remove caches and build output; keeps .venv and runs/
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage
+	find . -name .venv -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -print0 | xargs -0 rm -rf
+
+define check-python
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+    || { echo 'make: needs Python 3.11 or 3.12, and $(PYTHON) is not; name one: make PYTHON=python3.12' >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+    || { echo 'make: $(PYTHON) cannot create virtual environments; on Debian: apt install python3-venv' >&2; exit 1; }
+endef
+
+# The stamp is written last, so an interrupted install starts over.
+.venv/.installed: pyproject.toml constraints.txt
+	$(check-python)
+	@echo 'Installing into .venv; the first time takes a minute or two.'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
