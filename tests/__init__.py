@@ -1,0 +1,1 @@
+"""The tests: unit/ mirrors services/, integration/ starts real processes and sockets."""

@@ -1,0 +1,47 @@
+"""What every test may rely on: one thread per process, and tools that are there or honestly missing.
+
+A tool that is missing skips the test on a laptop and fails it in CI, so that CI never turns green by
+skipping. A GPU is no tool: without one, tests marked `cuda` are skipped everywhere.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+RequireTool = Callable[[str], Path]
+
+
+def pytest_configure() -> None:
+    # The environment is for the processes that tests start; torch in this one has already read it.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def find_tool(name: str) -> Path:
+    """The path of the program `name`; without it, skips the running test, or fails it in CI."""
+    path = shutil.which(name)
+    if path is not None:
+        return Path(path)
+    reason = f"the program {name!r} is not installed"
+    if os.environ.get("CI", "").lower() in {"1", "true"}:
+        pytest.fail(f"{reason}, and CI must not skip; .ci/run is where it gets installed", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def require_tool() -> RequireTool:
+    """`prometheus = require_tool("prometheus")`: its path, or a skip (a failure in CI)."""
+    return find_tool
