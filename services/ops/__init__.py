@@ -1,0 +1,1 @@
+"""How every pod is observed and stopped: metrics, logs, health, life cycle."""
