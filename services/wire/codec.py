@@ -19,6 +19,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from services.wire.messages import (
+    NO_SEAT,
     PROTOCOL_VERSION,
     ArraySpec,
     Buffer,
@@ -145,18 +146,19 @@ def encode(message: Message) -> list[Buffer]:
             ]
             return _frames("rollout", header, *(array.data for array in packed))
         case Pull():
-            seats_for = [[c.client_id, c.incarnation] for c in message.seats_for]
-            return _frames("pull", [message.run_id, *_client(message.sender), message.have_version, seats_for])
+            seats_for = [_client(client) for client in message.seats_for]
+            head = [message.run_id, _client(message.sender), message.have_version, seats_for, message.request]
+            return _frames("pull", head)
         case Weights():
             head = [message.run_id, message.server_incarnation, message.state, message.version, message.steps]
-            return _frames("weights", [*head, message.seats], *_optional(message.payload))
+            return _frames("weights", [*head, message.seats, message.request], *_optional(message.payload))
         case Publish():
-            head = [message.run_id, *_client(message.sender), message.state, message.version, message.steps]
+            head = [message.run_id, _client(message.sender), message.state, message.version, message.steps]
             return _frames("publish", head, *_optional(message.payload))
         case Published():
             return _frames("published", [message.run_id, message.server_incarnation, message.version])
         case Goodbye():
-            return _frames("goodbye", [message.run_id, *_client(message.sender)])
+            return _frames("goodbye", [message.run_id, _client(message.sender)])
         case Refusal():
             return _frames("refusal", [message.reason, message.text])
 
@@ -166,7 +168,7 @@ def _rollout_head(r: Rollout) -> list[Any]:
 
 
 def _client(client: Client) -> list[Any]:
-    return [client.client_id, client.incarnation]
+    return [client.client_id, client.incarnation, client.seat]
 
 
 def _optional(payload: Buffer | None) -> tuple[Buffer, ...]:
@@ -202,30 +204,32 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
         case "rollout":
             return _rollout(fields, buffers, expected)
         case "pull":
-            run_id, client_id, incarnation, have_version, seats_for = _take(fields, 5)
+            run_id, sender, have_version, seats_for, request = _take(fields, 5)
             _no_buffers(buffers)
             return Pull(
                 run_id=run_id,
-                sender=_to_client([client_id, incarnation]),
+                sender=_to_client(sender),
                 have_version=_integer(have_version, low=-1),
                 seats_for=tuple(_to_client(c) for c in _list(seats_for, longest=MAX_SEATS)),
+                request=_integer(request),
             )
         case "weights":
-            run_id, incarnation, state, version, steps, seats = _take(fields, 6)
+            run_id, incarnation, state, version, steps, seats, request = _take(fields, 7)
             return Weights(
                 run_id=run_id,
                 server_incarnation=_integer(incarnation),
                 state=_state(state),
                 version=_integer(version, low=-1),
                 steps=_integer(steps),
-                seats=tuple(_integer(seat) for seat in _list(seats, longest=MAX_SEATS)),
+                seats=tuple(_seat(seat) for seat in _list(seats, longest=MAX_SEATS)),
                 payload=_at_most_one(buffers),
+                request=_integer(request),
             )
         case "publish":
-            run_id, client_id, incarnation, state, version, steps = _take(fields, 6)
+            run_id, sender, state, version, steps = _take(fields, 5)
             return Publish(
                 run_id=run_id,
-                sender=_to_client([client_id, incarnation]),
+                sender=_to_client(sender),
                 state=_state(state),
                 version=_integer(version),
                 steps=_integer(steps),
@@ -238,9 +242,9 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
                 run_id=run_id, server_incarnation=_integer(incarnation), version=_integer(version, low=-1)
             )
         case "goodbye":
-            run_id, client_id, incarnation = _take(fields, 3)
+            run_id, sender = _take(fields, 2)
             _no_buffers(buffers)
-            return Goodbye(run_id=run_id, sender=_to_client([client_id, incarnation]))
+            return Goodbye(run_id=run_id, sender=_to_client(sender))
         case _:
             raise WireError("malformed", f"message kind {kind!r:.80}")
 
@@ -360,8 +364,12 @@ def _state(value: Any) -> RunState:
 
 
 def _to_client(value: Any) -> Client:
-    client_id, incarnation = _take(_list(value, longest=2), 2)
-    return Client(client_id=_text(client_id), incarnation=_integer(incarnation))
+    client_id, incarnation, seat = _take(_list(value, longest=3), 3)
+    return Client(client_id=_text(client_id), incarnation=_integer(incarnation), seat=_seat(seat))
+
+
+def _seat(value: Any) -> int:
+    return _integer(value, low=NO_SEAT, high=MAX_SEATS)
 
 
 def _episode(value: Any) -> Episode:

@@ -20,6 +20,9 @@ RunState = Literal["waiting", "training", "complete"]
 NO_VERSION = -1
 """The policy version of whoever has no weights yet."""
 
+NO_SEAT = -1
+"""The seat of whoever has none, or none yet."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -77,6 +80,8 @@ class Client:
 
     client_id: str
     incarnation: int
+    seat: int = NO_SEAT
+    """The seat it holds. A restarted parameter server knows no leases, and gives it back to who claims it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,8 @@ class Pull:
     have_version: int
     seats_for: tuple[Client, ...]
     """Who wants a seat: an actor names itself, a relay all of its actors, an evaluator nobody."""
+    request: int = 0
+    """Comes back in the reply, so that a relay can tell the reply to a request that it has replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +108,11 @@ class Weights:
     steps: int
     """Agent steps trained when this version was made."""
     seats: tuple[int, ...]
-    """For each of ``Pull.seats_for``, its seat."""
+    """For each of ``Pull.seats_for``, its seat, or NO_SEAT: none is free, or a relay has not heard yet."""
     payload: Buffer | None
     """safetensors bytes; opaque to the parameter server."""
+    request: int = 0
+    """``Pull.request`` of the request that this answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
