@@ -1,0 +1,137 @@
+"""The actor pod: builds its parts, runs the loop, stops in order. Nothing else is decided here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from services import config as configuration
+from services.ops import logging
+from services.ops.health import Heartbeat, HealthServer
+from services.ops.lifecycle import Lifecycle
+from services.ops.metrics import ActorMetrics
+from services.ops.threads import limit_threads
+
+STOP_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong."""
+    parser = argparse.ArgumentParser(prog="impala actor", allow_abbrev=False, add_help=True)
+    parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
+    parser.add_argument("--actor-id", default=socket.gethostname(), help="name of this actor, unique in its run")
+    parser.add_argument("--parent-pid", type=int, help="stop when this process is gone")
+    arguments, flags = parser.parse_known_args(argv)
+    try:
+        config = configuration.load(arguments.config, os.environ, flags)
+        limit_threads(config.actor.inference_threads)  # before anything imports torch
+        return run(config, arguments.actor_id, arguments.parent_pid)
+    except ValueError as error:  # ConfigError, and what only shows when things are built
+        sys.stderr.write("".join(f"impala actor: {line}\n" for line in str(error).splitlines()))
+        return 2
+
+
+def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) -> int:
+    """Build, run, stop."""
+    import torch
+
+    from services.actor.loop import ActorLoop, Half
+    from services.actor.policy import Policy
+    from services.actor.weights import WeightsClient
+    from services.rl import precision
+    from services.rl.envs import env_spec, make_vector_env
+    from services.rl.networks import make_network
+    from services.rl.actions import Discrete
+    from services.wire import codec
+    from services.wire.messages import Client
+    from services.wire.sockets import Requester, RolloutSender
+
+    torch.set_num_threads(config.actor.inference_threads)
+    torch.set_num_interop_threads(1)
+    logging.setup("actor", config.ops.log_level)
+    log = logging.get_logger("main")
+    spec = env_spec(config.env)
+    actions = Discrete(spec.num_actions)
+    network = make_network(spec, config.network)
+
+    lifecycle = Lifecycle()
+    lifecycle.install_signals()
+    if parent_pid is not None:
+        lifecycle.watch_parent(parent_pid)
+    registry = CollectorRegistry()
+    metrics = ActorMetrics(registry)
+    heartbeat = Heartbeat()
+    client = Client(client_id=actor_id, incarnation=time.time_ns())
+    expected = codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes)
+    weights = WeightsClient(
+        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
+        client=client,
+        expected=expected,
+        hold_s=config.paramserver.hold_s,
+        interval_s=config.actor.weights_interval_s,
+        stopping=lifecycle.stopping,
+    )
+    health = HealthServer(
+        config.ops.host, config.ops.port, registry, heartbeat, config.ops.liveness_timeout_s,
+        lambda: weights.trouble if weights.newest is None else None,
+    )
+    log.info("started", actor_id=actor_id, env=config.env.id, port=health.port)
+    puller = lifecycle.thread("weights", weights.run)
+
+    snapshot = None
+    while snapshot is None and not lifecycle.stopping.is_set():
+        heartbeat.beat()  # alive, though not ready: a missing peer is waited for
+        snapshot = weights.wait(0.25)
+    if snapshot is not None:
+        policy = Policy(
+            network=network,
+            actions=actions,
+            frame_stack=spec.frame_stack,
+            dtype=precision.resolve(config.actor.precision, torch.device("cpu")),
+            seed=hash((config.seed, weights.seat, client.incarnation)) % 2**63,
+        )
+        policy.load(snapshot.version, snapshot.tensors)
+        metrics.weights_version.set(snapshot.version)
+        half_size = config.actor.num_envs // 2
+        # Seats never share an environment's seed.
+        seeds = [(config.seed * 1_000_003 + weights.seat * config.actor.num_envs + h * half_size) % 2**31 for h in (0, 1)]
+        envs = [make_vector_env(config.env, half_size, num_threads=config.actor.env_threads) for _ in seeds]
+        halves = [
+            Half(env, spec, config.unroll_length, actions.num_outputs, seed)
+            for env, seed in zip(envs, seeds, strict=True)
+        ]
+        log.info("playing", seat=weights.seat, num_envs=config.actor.num_envs, policy_version=policy.version)
+        with RolloutSender(config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes) as sender:
+            loop = ActorLoop(
+                halves=halves,
+                policy=policy,
+                weights=weights,
+                sender=sender,
+                packer=codec.Packer(config.wire.codec),
+                run_id=config.run_id,
+                client=client,
+                metrics=metrics,
+                heartbeat=heartbeat,
+                stopping=lifecycle.stopping,
+            )
+            try:
+                loop.run()
+            except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
+                lifecycle.fail(error)
+        for env in envs:
+            env.close()
+    puller.join(STOP_S)
+    health.close()
+    log.info("stopped", exit_code=lifecycle.exit_code)
+    return lifecycle.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The actor's loop: environments x policy -> rollouts.
+
+    consumes   weights (the newest that ``weights.WeightsClient`` holds), read once per unroll
+    produces   one ``Rollout`` per environment and unroll, pushed to whichever learner has room
+    waits for  an environment half to finish its step; a learner to have room (counted as send_blocked)
+    may drop   the unroll in hand, when the pod stops
+
+The vector of environments plays in two halves that take turns: while one half steps, on threads or in
+processes of its own, the policy acts for the other. The halves are in step with each other, so at the first half's unroll end no
+inference is pending anywhere and the weights can be exchanged: a rollout has exactly one policy version.
+
+Beside ``learner/batch.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for rollouts.
+Shapes: N environments of one half, T unroll length, F = frame_stack - 1 + T + 1 frames, A policy outputs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.actor.policy import Policy
+from services.actor.weights import WeightsClient
+from services.ops.health import Heartbeat
+from services.ops.metrics import ActorMetrics
+from services.rl.envs import EnvSpec, Transition, VectorEnv
+from services.wire import codec
+from services.wire.messages import Client, Episode, Rollout
+from services.wire.sockets import RolloutSender
+
+SEND_POLL_S = 0.25
+
+
+class Half:
+    """Half of the environments, and the unroll that they are in."""
+
+    def __init__(self, env: VectorEnv, spec: EnvSpec, unroll_length: int, num_outputs: int, seed: int) -> None:
+        self.env = env
+        self._spec = spec
+        self._length = unroll_length
+        self._num_outputs = num_outputs
+        self._history = spec.frame_stack - 1
+        """Frames that are older than the unroll, but seen in its first stacks."""
+        self._episode_over = np.zeros(env.num_envs, np.bool_)
+        self._episode_return = np.zeros(env.num_envs, np.float64)
+        self._episode_length = np.zeros(env.num_envs, np.int64)
+        self._allocate()
+        self.observation[:, self._history] = env.reset(seed)
+        self.episode_start[:, self._history] = True
+
+    def _allocate(self) -> None:
+        # Fresh memory for every unroll: sent rollouts share it with the socket until they have left.
+        N, T, F = self.env.num_envs, self._length, self._history + self._length + 1
+        self.t = 0
+        self.observation: NDArray[Any] = np.zeros(
+            (N, F, *self._spec.observation_shape), self._spec.observation_dtype
+        )
+        self.episode_start = np.zeros((N, F), np.bool_)
+        self.action = np.empty((N, T), np.int32)
+        self.behaviour_logits = np.empty((N, T, self._num_outputs), np.float32)
+        self.reward = np.empty((N, T), np.float32)
+        self.terminated = np.empty((N, T), np.bool_)
+        self.episodes: list[list[Episode]] = [[] for _ in range(N)]
+
+    @property
+    def full(self) -> bool:
+        """The unroll is complete."""
+        return self.t == self._length
+
+    def begin_unroll(self) -> None:
+        """Start the next unroll with the last observation of this one, and the frames stacked under it."""
+        observation, episode_start = self.observation, self.episode_start
+        self._allocate()
+        self.observation[:, : self._history + 1] = observation[:, self._length :]
+        self.episode_start[:, : self._history + 1] = episode_start[:, self._length :]
+
+    def act(self, policy: Policy) -> None:
+        """Choose the actions for the newest observation and let the environments step."""
+        window = slice(self.t, self.t + self._history + 1)
+        actions, logits = policy.act(self.observation[:, window], self.episode_start[:, window])
+        self.action[:, self.t] = actions
+        self.behaviour_logits[:, self.t] = logits
+        self.env.send(actions)
+
+    def record(self, transition: Transition) -> int:
+        """Take in what followed; returns how many episodes ended."""
+        t = self.t
+        self.reward[:, t] = transition.reward
+        self.terminated[:, t] = transition.terminated
+        self.observation[:, self._history + t + 1] = transition.observation
+        # After the end of an episode comes a transition that nobody acted: it brings the reset observation.
+        acted = ~self._episode_over
+        self.episode_start[:, self._history + t + 1] = self._episode_over
+        self._episode_over = transition.episode_over
+        self._episode_return += transition.reward
+        self._episode_length += acted
+        self.t += 1
+        ended = np.flatnonzero(transition.episode_over)
+        for n in ended:
+            self.episodes[n].append(
+                Episode(episode_return=float(self._episode_return[n]), length=int(self._episode_length[n]))
+            )
+        self._episode_return[ended] = 0.0
+        self._episode_length[ended] = 0
+        return len(ended)
+
+
+class ActorLoop:
+    """Runs until the pod stops."""
+
+    def __init__(
+        self,
+        *,
+        halves: Sequence[Half],
+        policy: Policy,
+        weights: WeightsClient,
+        sender: RolloutSender,
+        packer: codec.Packer,
+        run_id: str,
+        client: Client,
+        metrics: ActorMetrics,
+        heartbeat: Heartbeat,
+        stopping: threading.Event,
+    ) -> None:
+        self._halves = halves
+        self._policy = policy
+        self._weights = weights
+        self._sender = sender
+        self._packer = packer
+        self._run_id = run_id
+        self._client = client
+        self._metrics = metrics
+        self._heartbeat = heartbeat
+        self._stopping = stopping
+        self._sequence = 0
+        self._seconds = {
+            stage: metrics.seconds.labels(stage) for stage in ("env", "inference", "send_blocked", "weights")
+        }
+
+    def run(self) -> None:
+        """Play. The policy must hold weights already."""
+        first = self._halves[0]
+        for half in self._halves:
+            half.act(self._policy)
+        while not self._stopping.is_set():
+            self._heartbeat.beat()
+            for half in self._halves:
+                waited_s = time.perf_counter()
+                transition = half.env.recv()
+                self._seconds["env"].inc(time.perf_counter() - waited_s)
+                self._metrics.episodes.inc(half.record(transition))
+                self._metrics.env_steps.inc(half.env.num_envs)
+                if half.full:
+                    if not self._ship(half):
+                        return
+                    half.begin_unroll()
+                    if half is first:
+                        self._refresh_weights()
+                acting_s = time.perf_counter()
+                half.act(self._policy)
+                self._seconds["inference"].inc(time.perf_counter() - acting_s)
+
+    def _refresh_weights(self) -> None:
+        started_s = time.perf_counter()
+        newest = self._weights.newest
+        if newest is not None and newest.version != self._policy.version:
+            self._policy.load(newest.version, newest.tensors)
+            self._metrics.weights_version.set(newest.version)
+        if newest is not None:
+            self._metrics.weights_age_seconds.set(time.monotonic() - newest.received_s)
+        self._seconds["weights"].inc(time.perf_counter() - started_s)
+
+    def _ship(self, half: Half) -> bool:
+        """Push every environment's rollout; False if the pod stops before all have found a learner."""
+        for n in range(half.env.num_envs):
+            frames = codec.encode(self._rollout(half, n))
+            blocked_s = time.perf_counter()
+            while not self._sender.send(frames, SEND_POLL_S):
+                self._heartbeat.beat()  # waiting for a learner is not being stuck
+                if self._stopping.is_set():
+                    self._metrics.rollouts_dropped.labels("stopping").inc(half.env.num_envs - n)
+                    return False
+            self._seconds["send_blocked"].inc(time.perf_counter() - blocked_s)
+            self._metrics.rollouts_sent.inc()
+            self._metrics.sent_bytes.inc(codec.size_bytes(frames))
+        return True
+
+    def _rollout(self, half: Half, n: int) -> Rollout:
+        pack = self._packer.pack
+        sequence, self._sequence = self._sequence, self._sequence + 1
+        return Rollout(
+            run_id=self._run_id,
+            actor_id=self._client.client_id,
+            incarnation=self._client.incarnation,
+            sequence=sequence,
+            policy_version=self._policy.version,
+            task=0,
+            episodes=tuple(half.episodes[n]),
+            arrays={
+                "observation": pack(half.observation[n]),
+                "episode_start": pack(half.episode_start[n]),
+                "action": pack(half.action[n]),
+                "behaviour_logits": pack(half.behaviour_logits[n]),
+                "reward": pack(half.reward[n]),
+                "terminated": pack(half.terminated[n]),
+            },
+        )

@@ -1,0 +1,137 @@
+"""Keeps the newest weights at hand: a thread that always has one request open at the parameter server.
+
+After it comes the actor's loop, which takes what is ``newest`` between two unrolls and never waits for the
+network. The request also renews the actor's seat, and its answer brings the state of the run. A missing,
+restarted or incompatible server is waited for, with jitter and with one log line now and then.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from services.ops.logging import get_logger
+from services.wire import codec
+from services.wire.codec import WireError
+from services.wire.messages import NO_SEAT, NO_VERSION, Client, Goodbye, Pull, Refusal, RunState, Weights
+from services.wire.sockets import Requester
+
+POLL_S = 0.25
+REFUSED_PAUSE_S = 2.0
+
+_log = get_logger("weights").limited(10.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One policy version."""
+
+    version: int
+    tensors: Mapping[str, Tensor]
+    received_s: float
+    """time.monotonic() of its arrival."""
+
+
+class WeightsClient:
+    """Written by its own thread (``run``), read by any other: every attribute is swapped whole."""
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[], Requester],
+        client: Client,
+        expected: codec.Expected,
+        hold_s: float,
+        interval_s: float,
+        stopping: threading.Event,
+    ) -> None:
+        self._connect = connect
+        self._client = client
+        self._expected = expected
+        self._patience_s = 2 * hold_s
+        self._interval_s = interval_s
+        self._stopping = stopping
+        self._seated = threading.Event()
+        self._arrived = threading.Event()
+        self.newest: Snapshot | None = None
+        self.state: RunState = "waiting"
+        self.trouble: str | None = "no answer from the parameter server yet"
+        """In a few words why there is no news, or None."""
+
+    @property
+    def seat(self) -> int:
+        """The leased seat, or NO_SEAT."""
+        return self._client.seat
+
+    def wait(self, timeout_s: float) -> Snapshot | None:
+        """The newest weights once there are any and a seat is leased, or None after ``timeout_s``."""
+        deadline_s = time.monotonic() + timeout_s
+        ready = self._seated.wait(timeout_s) and self._arrived.wait(max(0.0, deadline_s - time.monotonic()))
+        return self.newest if ready else None
+
+    def run(self) -> None:
+        """Ask, wait, ask again, until the pod stops; then say goodbye."""
+        with self._connect() as requester:
+            while not self._stopping.is_set():
+                asked_s = time.monotonic()
+                if not requester.send(codec.encode(self._request()), POLL_S):
+                    self._trouble("parameter server not reachable")
+                    continue
+                self._await_reply(requester, asked_s)
+                pause_s = self._interval_s - (time.monotonic() - asked_s)
+                self._stopping.wait(max(0.0, pause_s))
+            farewell = Goodbye(run_id=self._expected.run_id, sender=self._client)
+            requester.send(codec.encode(farewell), 0.0)
+            requester.close(linger_s=0.5)
+
+    def _request(self) -> Pull:
+        have = self.newest.version if self.newest else NO_VERSION
+        return Pull(
+            run_id=self._expected.run_id, sender=self._client, have_version=have, seats_for=(self._client,)
+        )
+
+    def _await_reply(self, requester: Requester, asked_s: float) -> None:
+        while not self._stopping.is_set():
+            frames = requester.receive(POLL_S)
+            if frames is not None:
+                self._take(frames)
+                return
+            if time.monotonic() - asked_s > self._patience_s:
+                self._trouble("parameter server does not answer")
+                return
+
+    def _take(self, frames: list[codec.Buffer]) -> None:
+        try:
+            reply = codec.decode(frames, self._expected)
+            if isinstance(reply, Refusal):
+                self._trouble(f"parameter server refuses: {reply.text}")
+                self._stopping.wait(REFUSED_PAUSE_S * random.uniform(0.5, 1.5))
+            elif isinstance(reply, Weights):
+                self._accept(reply)
+            else:
+                raise WireError("malformed", f"{type(reply).__name__} where Weights belong")
+        except (WireError, SafetensorError) as error:
+            self._trouble(f"unusable reply: {error}")
+            self._stopping.wait(REFUSED_PAUSE_S * random.uniform(0.5, 1.5))
+
+    def _accept(self, reply: Weights) -> None:
+        if reply.payload is not None:
+            tensors = safetensors.torch.load(bytes(reply.payload))
+            self.newest = Snapshot(version=reply.version, tensors=tensors, received_s=time.monotonic())
+            self._arrived.set()
+        if reply.seats and reply.seats[0] != NO_SEAT:
+            self._client = replace(self._client, seat=reply.seats[0])
+            self._seated.set()
+        self.state = reply.state
+        self.trouble = None
+
+    def _trouble(self, text: str) -> None:
+        self.trouble = text
+        _log.warning("no_news", reason=text)

@@ -1,0 +1,225 @@
+"""The learner pod: builds its parts, runs the loop, stops in order. Nothing else is decided here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from services import config as configuration
+from services.ops import logging
+from services.ops.health import Heartbeat, HealthServer
+from services.ops.lifecycle import Lifecycle
+from services.ops.metrics import LearnerMetrics
+from services.ops.threads import limit_threads
+
+STOP_S = 5.0
+FIND_NEWER_S = 3.0
+DIVERGED = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong, 3 the training diverged."""
+    parser = argparse.ArgumentParser(prog="impala learner", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
+    parser.add_argument("--learner-id", default=socket.gethostname(), help="name of this learner, unique in its run")
+    parser.add_argument("--parent-pid", type=int, help="stop when this process is gone")
+    arguments, flags = parser.parse_known_args(argv)
+    try:
+        config = configuration.load(arguments.config, os.environ, flags)
+        limit_threads(config.learner.num_threads)  # before anything imports torch
+        return run(config, arguments.learner_id, arguments.parent_pid)
+    except ValueError as error:  # ConfigError, and what only shows when things are built
+        sys.stderr.write("".join(f"impala learner: {line}\n" for line in str(error).splitlines()))
+        return 2
+
+
+def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None) -> int:
+    """Build, run, stop."""
+    import torch
+
+    from services.learner.batch import Batcher, message_bytes, rollout_schema
+    from services.learner.checkpoint import Checkpoint, CheckpointStore
+    from services.learner.group import Group
+    from services.learner.intake import Freshness, Intake, RolloutQueue
+    from services.learner.loop import LearnerLoop
+    from services.learner.publisher import Publisher, WeightsCopier, tensors_of
+    from services.learner.report import Episodes, Reporter
+    from services.learner.trainer import Trainer, TrainingDiverged
+    from services.rl import precision
+    from services.rl.actions import Discrete
+    from services.rl.envs import env_spec
+    from services.rl.networks import make_network
+    from services.wire import codec
+    from services.wire.messages import Client
+    from services.wire.sockets import Requester, RolloutReceiver
+
+    logging.setup("learner", config.ops.log_level)
+    log = logging.get_logger("main")
+    torch.set_num_threads(config.learner.num_threads)
+    torch.manual_seed(config.seed)
+    device = resolve_device(config.learner.device)
+    spec = env_spec(config.env)
+    actions = Discrete(spec.num_actions)
+    schema = rollout_schema(spec, actions, config.unroll_length)
+    if message_bytes(schema) > config.wire.max_message_bytes:
+        raise ValueError(
+            f"wire.max_message_bytes = {config.wire.max_message_bytes}: a rollout of {config.env.id} can never "
+            f"arrive; allowed is at least {message_bytes(schema)}"
+        )
+    group = Group()
+    trainer = Trainer(
+        network=make_network(spec, config.network),
+        actions=actions,
+        config=config,
+        frame_stack=spec.frame_stack,
+        device=device,
+        dtype=precision.resolve(config.learner.precision, device),
+        group=group,
+    )
+
+    lifecycle = Lifecycle()
+    lifecycle.install_signals()
+    if parent_pid is not None:
+        lifecycle.watch_parent(parent_pid)
+    registry = CollectorRegistry()
+    metrics = LearnerMetrics(registry)
+    metrics.world_size.set(group.world_size)
+    metrics.generation.set(group.generation)
+    metrics.queue_capacity.set(config.queue_capacity)
+    metrics.total_steps.set(config.total_steps)
+    heartbeat = Heartbeat()
+    episodes = Episodes()
+
+    def accept(checkpoint: Checkpoint) -> None:
+        try:
+            trainer.load_state_dict(checkpoint.trainer)
+            episodes.load_state_dict(checkpoint.episodes)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"checkpoint {checkpoint.path}: does not fit this run ({error})") from None
+
+    checkpoints = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, metrics)
+    restored = checkpoints.latest(accept)
+    client = Client(client_id=learner_id, incarnation=time.time_ns())
+    publisher = Publisher(
+        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
+        client=client,
+        expected=codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes),
+        copier=WeightsCopier(trainer.network),
+        stopping=lifecycle.stopping,
+    )
+    # Killed between two checkpoints? The parameter server has every version since: nothing rolls back.
+    newer = publisher.fetch_newer(trainer.version if restored else -1, FIND_NEWER_S)
+    if newer is not None:
+        trainer.load(tensors_of(newer))
+        trainer.version, trainer.steps = newer.version, newer.steps
+    metrics.policy_version.set(trainer.version)
+    metrics.steps.set(trainer.steps)
+    log.info(
+        "started",
+        learner_id=learner_id,
+        device=device,
+        precision=precision.resolve(config.learner.precision, device),
+        steps=trainer.steps,
+        policy_version=trainer.version,
+        checkpoint=restored.path if restored else None,
+        newer_weights=newer is not None,
+    )
+
+    queue = RolloutQueue(config.queue_capacity)
+    freshness = Freshness(lambda: trainer.version, config.learner.max_policy_lag)
+    receiver = RolloutReceiver(
+        config.wire.learner_bind, config.wire.receive_queue, config.wire.max_message_bytes
+    )
+    intake = Intake(
+        receiver=receiver,
+        expected=codec.Expected(
+            run_id=config.run_id, max_message_bytes=message_bytes(schema), schema=schema
+        ),
+        queue=queue,
+        freshness=freshness,
+        on_episode=episodes.add,
+        count_gaps=len(config.wire.learner_endpoints) == 1,
+        metrics=metrics,
+        stopping=lifecycle.stopping,
+    )
+    batcher = Batcher(
+        rollouts=queue,
+        schema=schema,
+        batch_size=config.batch_size,
+        pinned=device.type == "cuda",
+        freshness=freshness,
+        refuse=intake.refuse,
+        metrics=metrics,
+        stopping=lifecycle.stopping,
+    )
+    health = HealthServer(
+        config.ops.host, config.ops.port, registry, heartbeat, config.ops.liveness_timeout_s,
+        lambda: publisher.trouble,
+    )
+    threads = [
+        lifecycle.thread("intake", intake.run),
+        lifecycle.thread("batcher", batcher.run),
+    ]
+    publishing = lifecycle.thread("publisher", publisher.run)
+    reporter = Reporter(run_dir=config.run_dir, frame_skip=spec.frame_skip, metrics=metrics)
+    loop = LearnerLoop(
+        trainer=trainer,
+        batcher=batcher,
+        group=group,
+        publisher=publisher,
+        checkpoints=checkpoints,
+        checkpoint_interval_s=config.checkpoint.interval_s,
+        reporter=reporter,
+        log_interval_s=config.learner.log_interval_s,
+        episodes=episodes,
+        config=configuration.dump(config),
+        frame_skip=spec.frame_skip,
+        metrics=metrics,
+        heartbeat=heartbeat,
+        stopping=lifecycle.stopping,
+    )
+    try:
+        loop.run()
+    except TrainingDiverged as error:
+        log.error("training_diverged", reason=error)
+        lifecycle.stop("training diverged", DIVERGED)
+    except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
+        lifecycle.fail(error)
+    publisher.wake()
+    for thread in [*threads, publishing]:
+        thread.join(STOP_S)
+    receiver.close()
+    reporter.close()
+    health.close()
+    log.info("stopped", exit_code=lifecycle.exit_code, steps=trainer.steps, policy_version=trainer.version)
+    return lifecycle.exit_code
+
+
+def resolve_device(name: str) -> "torch.device":  # type: ignore[name-defined]  # noqa: F821, UP037
+    """The device of the training; ValueError if this machine does not have it."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"learner.device = {name!r}: allowed are auto, cpu, cuda and cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"learner.device = {name!r}: allowed are auto, cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"learner.device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; allowed is cpu"
+        )
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The batcher: a thread that unpacks queued rollouts into reused batch buffers.
+
+    consumes   rollouts from ``intake.RolloutQueue``
+    produces   ``Batch``, ready to be moved to the device
+    waits for  a whole batch of rollouts; a buffer that the trainer has given back
+    may drop   a rollout that became stale in the queue or does not decompress; each is counted
+
+Beside ``actor/loop.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for rollouts.
+Columns first: a rollout decompresses straight into its contiguous place, and time-major views are free.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.learner.intake import Freshness, RolloutQueue
+from services.ops.metrics import LearnerMetrics
+from services.rl.actions import Discrete
+from services.rl.envs import EnvSpec
+from services.wire.codec import Unpacker, WireError
+from services.wire.messages import ArraySpec, Rollout
+
+POLL_S = 0.25
+NUM_SLOTS = 2
+"""One that the trainer reads while the other is filled. More would only make rollouts older."""
+
+
+def rollout_schema(spec: EnvSpec, actions: Discrete, unroll_length: int) -> dict[str, ArraySpec]:
+    """The arrays of one rollout: what ``actor/loop.py`` sends, and the only thing that is let in."""
+    frames = spec.frame_stack - 1 + unroll_length + 1
+    return {
+        "observation": ArraySpec(dtype=spec.observation_dtype, shape=(frames, *spec.observation_shape)),
+        "episode_start": ArraySpec(dtype="bool", shape=(frames,)),
+        "action": ArraySpec(dtype="int32", shape=(unroll_length,), low=0, high=actions.num_actions - 1),
+        "behaviour_logits": ArraySpec(dtype="float32", shape=(unroll_length, actions.num_outputs)),
+        "reward": ArraySpec(dtype="float32", shape=(unroll_length,)),
+        "terminated": ArraySpec(dtype="bool", shape=(unroll_length,)),
+    }
+
+
+def message_bytes(schema: Mapping[str, ArraySpec]) -> int:
+    """Generous bound on one rollout's message: all arrays uncompressed, and the header."""
+    arrays = sum(int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize for spec in schema.values())
+    return arrays + arrays // 8 + 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B rollouts as host tensors, columns first. Its memory is reused after ``release``."""
+
+    observation: Tensor
+    """[B, F, ...]: single frames, F = frame_stack - 1 + T + 1."""
+    episode_start: Tensor
+    """[B, F]"""
+    action: Tensor
+    """[B, T], as are the others."""
+    behaviour_logits: Tensor
+    reward: Tensor
+    terminated: Tensor
+    lags: tuple[int, ...]
+    """Per rollout, policy versions behind when the batch was built."""
+    release: Callable[[], None]
+
+
+class _Slot:
+    """Memory for one batch: a tensor per array (pinned where there is CUDA), and numpy's view of the same."""
+
+    def __init__(self, schema: Mapping[str, ArraySpec], batch_size: int, pinned: bool) -> None:
+        self.tensors = {
+            name: torch.zeros(batch_size, *spec.shape, dtype=getattr(torch, spec.dtype), pin_memory=pinned)
+            for name, spec in schema.items()
+        }
+        self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+
+
+class Batcher:
+    """Runs in its own thread until the pod stops; the trainer calls ``next``."""
+
+    def __init__(
+        self,
+        *,
+        rollouts: RolloutQueue,
+        schema: Mapping[str, ArraySpec],
+        batch_size: int,
+        pinned: bool,
+        freshness: Freshness,
+        refuse: Callable[[WireError], None],
+        metrics: LearnerMetrics,
+        stopping: threading.Event,
+    ) -> None:
+        self._rollouts = rollouts
+        self._batch_size = batch_size
+        self._freshness = freshness
+        self._refuse = refuse
+        self._metrics = metrics
+        self._stopping = stopping
+        self._unpacker = Unpacker()
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        for _ in range(NUM_SLOTS):
+            self._free.put(_Slot(schema, batch_size, pinned))
+
+    def next(self, timeout_s: float) -> Batch | None:
+        """The oldest ready batch, or None if there is none within ``timeout_s``."""
+        try:
+            return self._ready.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def run(self) -> None:
+        """Fill free buffers with the oldest rollouts."""
+        while not self._stopping.is_set():
+            try:
+                slot = self._free.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            lags = self._fill(slot)
+            if lags is not None:
+                self._ready.put(
+                    Batch(**slot.tensors, lags=lags, release=lambda slot=slot: self._free.put(slot))  # type: ignore[misc]
+                )
+
+    def _fill(self, slot: _Slot) -> tuple[int, ...] | None:
+        """Lags of the rollouts now in the slot; None if the pod stops before it is full."""
+        lags: list[int] = []
+        while len(lags) < self._batch_size:
+            taken = self._rollouts.take(self._batch_size - len(lags), POLL_S)
+            if not taken and self._stopping.is_set():
+                return None
+            for rollout in taken:
+                if self._freshness.stale(rollout):
+                    self._metrics.rollouts.labels("stale").inc()
+                elif self._unpack(rollout, slot, len(lags)):
+                    lags.append(self._freshness.lag(rollout))
+            self._metrics.queue_depth.set(len(self._rollouts))
+        return tuple(lags)
+
+    def _unpack(self, rollout: Rollout, slot: _Slot, column: int) -> bool:
+        try:
+            for name, packed in rollout.arrays.items():
+                self._unpacker.unpack_into(packed, slot.arrays[name][column])
+        except WireError as error:
+            self._refuse(error)
+            return False
+        return True

@@ -1,0 +1,30 @@
+"""The learners' group: who trains together, and how their gradients become one.
+
+Today a group has one member. The trainer already speaks to it as to many: it hands over gradient sums and
+sample counts, and takes the leader's word on who publishes and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A view of the membership: fixed for one generation."""
+
+    rank: int = 0
+    world_size: int = 1
+    generation: int = 0
+
+    @property
+    def is_leader(self) -> bool:
+        """Publishes weights and writes checkpoints."""
+        return self.rank == 0
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """In place, over all members, so that a change of the world's size does not change the scale."""
+        assert self.world_size == 1 and gradients is not None

@@ -1,0 +1,155 @@
+"""The learner's main loop: batches -> updates -> published versions, reports, checkpoints.
+
+    consumes   ``batch.Batch`` from the batcher
+    produces   versions for the publisher; checkpoints; reports
+    waits for  a batch, counted as the stage ``wait``; nothing else
+    may drop   nothing
+
+When all steps are trained it writes the last checkpoint, publishes the last weights with the state
+``complete``, and idles until the pod is stopped: a pod that exits would be started again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from services.learner.batch import Batch, Batcher
+from services.learner.checkpoint import CheckpointStore
+from services.learner.group import Group
+from services.learner.publisher import Publisher
+from services.learner.report import Episodes, Reporter
+from services.learner.trainer import Trainer
+from services.ops.health import Heartbeat
+from services.ops.logging import get_logger
+from services.ops.metrics import LearnerMetrics
+
+POLL_S = 0.25
+PUBLISH_LAST_S = 5.0
+
+_log = get_logger("loop")
+
+
+class LearnerLoop:
+    """Runs until the pod stops."""
+
+    def __init__(
+        self,
+        *,
+        trainer: Trainer,
+        batcher: Batcher,
+        group: Group,
+        publisher: Publisher,
+        checkpoints: CheckpointStore,
+        checkpoint_interval_s: float,
+        reporter: Reporter,
+        log_interval_s: float,
+        episodes: Episodes,
+        config: Mapping[str, Any],
+        frame_skip: int,
+        metrics: LearnerMetrics,
+        heartbeat: Heartbeat,
+        stopping: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._trainer = trainer
+        self._batcher = batcher
+        self._group = group
+        self._publisher = publisher
+        self._checkpoints = checkpoints
+        self._reporter = reporter
+        self._episodes = episodes
+        self._config = config
+        self._frame_skip = frame_skip
+        self._metrics = metrics
+        self._heartbeat = heartbeat
+        self._stopping = stopping
+        self._clock = clock
+        self._checkpoint_interval_s = checkpoint_interval_s
+        self._log_interval_s = log_interval_s
+        self._stage = {
+            stage: metrics.stage_seconds.labels(stage)
+            for stage in ("wait", "h2d", "forward_backward", "allreduce", "publish")
+        }
+
+    def run(self) -> None:
+        """Train until all steps are done or the pod stops; either way the state is saved."""
+        self._publisher.offer(self._trainer.version, self._trainer.steps, "training")
+        checkpoint_due_s = self._clock() + self._checkpoint_interval_s
+        report_due_s = self._clock() + self._log_interval_s
+        self._report()
+        while not self._stopping.is_set() and not self._trainer.complete:
+            self._heartbeat.beat()
+            self._turn()
+            if self._clock() >= report_due_s:
+                report_due_s = self._clock() + self._log_interval_s
+                self._report()
+            if self._group.is_leader and self._clock() >= checkpoint_due_s:
+                checkpoint_due_s = self._clock() + self._checkpoint_interval_s
+                self._checkpoint(wait=False)
+        self._report()
+        if self._group.is_leader:
+            self._checkpoint(wait=True)
+        if not self._trainer.complete:
+            return
+        self._publisher.offer(self._trainer.version, self._trainer.steps, "complete", wait_s=PUBLISH_LAST_S)
+        self._publisher.wait_until_held(self._trainer.version, PUBLISH_LAST_S)
+        self._metrics.training_complete.set(1)
+        _log.info("training_complete", steps=self._trainer.steps, policy_version=self._trainer.version)
+        while not self._stopping.wait(POLL_S):
+            self._heartbeat.beat()
+
+    def _turn(self) -> None:
+        waiting_s = time.perf_counter()
+        batch = self._batcher.next(POLL_S)
+        waited_s = time.perf_counter() - waiting_s
+        self._stage["wait"].observe(waited_s)
+        self._reporter.batch(batch.lags if batch else (), waited_s)
+        if batch is not None:
+            self._update(batch)
+
+    def _update(self, batch: Batch) -> None:
+        copying_s = time.perf_counter()
+        on_device = self._trainer.to_device(batch)
+        copied = torch.cuda.current_stream().record_event() if on_device is not batch else None
+        training_s = time.perf_counter()
+        self._stage["h2d"].observe(training_s - copying_s)
+        steps_before = self._trainer.steps
+        self._trainer.update(on_device)
+        if copied is not None:
+            copied.synchronize()  # the update is queued behind the copy, so this waits for the copy alone
+        batch.release()
+        publishing_s = time.perf_counter()
+        self._stage["forward_backward"].observe(publishing_s - training_s)
+        self._publisher.offer(self._trainer.version, self._trainer.steps, "training")
+        self._stage["publish"].observe(time.perf_counter() - publishing_s)
+        new_steps = self._trainer.steps - steps_before
+        self._metrics.updates.inc()
+        self._metrics.samples.inc(new_steps)
+        self._metrics.frames.inc(new_steps * self._frame_skip)
+        self._metrics.policy_version.set(self._trainer.version)
+        self._metrics.steps.set(self._trainer.steps)
+        for lag in batch.lags:
+            self._metrics.policy_lag_versions.observe(lag)
+
+    def _report(self) -> None:
+        self._reporter.report(
+            figures=self._trainer.read_figures(),
+            episodes=self._episodes,
+            version=self._trainer.version,
+            steps=self._trainer.steps,
+            learning_rate=self._trainer.learning_rate,
+        )
+
+    def _checkpoint(self, wait: bool) -> None:
+        self._checkpoints.save(
+            trainer=self._trainer.state_dict(),
+            episodes=self._episodes.state_dict(),
+            config=self._config,
+            complete=self._trainer.complete,
+            wait=wait,
+        )

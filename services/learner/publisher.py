@@ -1,0 +1,217 @@
+"""The publisher: a thread that brings the newest weights to the parameter server.
+
+    consumes   the trainer's weights, copied on the device when ``offer`` is called
+    produces   ``Publish`` messages of safetensors bytes
+    waits for  the parameter server's answer
+    may drop   versions: while one is on its way, newer ones are not even copied; the last one is never dropped
+
+Between versions it keeps asking what the server holds, so a restarted server gets the weights again. Beside
+``actor/weights.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for weights.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from services.ops.logging import get_logger
+from services.wire import codec
+from services.wire.codec import WireError
+from services.wire.messages import (
+    NO_VERSION,
+    Client,
+    Message,
+    Publish,
+    Published,
+    Pull,
+    Refusal,
+    RunState,
+    Weights,
+)
+from services.wire.sockets import Requester
+
+POLL_S = 0.1
+ANSWER_S = 2.0
+ANNOUNCE_S = 2.0
+"""How often the server is asked what it holds when there is nothing new."""
+
+_log = get_logger("publisher").limited(10.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Edition:
+    """One version, ready to be sent."""
+
+    version: int
+    steps: int
+    state: RunState
+    payload: bytes
+
+
+class WeightsCopier:
+    """Copies a network's weights to the host without stopping the device: pinned memory, a stream of its own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._tensors = dict(network.state_dict())
+        device = next(iter(self._tensors.values())).device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
+            for name, tensor in self._tensors.items()
+        }
+        self._copied: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        """Begin to copy the weights as they are now; updates that follow do not disturb the copy."""
+        if self._stream is None:
+            for name, copy in self._copies.items():
+                copy.copy_(self._tensors[name])
+            return
+        # Cloned in the trainer's own stream, before the next update writes; carried to the host beside it.
+        clones = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for name, copy in self._copies.items():
+                copy.copy_(clones[name], non_blocking=True)
+                clones[name].record_stream(self._stream)
+        self._copied = self._stream.record_event()
+
+    def finish(self) -> bytes:
+        """Wait for the copy, in the publisher's thread, and serialise it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return safetensors.torch.save({name: copy.contiguous() for name, copy in self._copies.items()})
+
+
+class Publisher:
+    """``offer`` is called by the trainer's loop, ``run`` is the publisher's thread."""
+
+    def __init__(
+        self,
+        *,
+        connect: Callable[[], Requester],
+        client: Client,
+        expected: codec.Expected,
+        copier: WeightsCopier,
+        stopping: threading.Event,
+    ) -> None:
+        self._connect = connect
+        self._client = client
+        self._expected = expected
+        self._copier = copier
+        self._stopping = stopping
+        self._changed = threading.Condition()
+        self._offered: tuple[int, int, RunState] | None = None
+        self._edition: _Edition | None = None
+        self._held = NO_VERSION
+        self.trouble: str | None = "no answer from the parameter server yet"
+        """In a few words why nothing can be published, or None."""
+
+    def offer(self, version: int, steps: int, state: RunState, wait_s: float = 0.0) -> bool:
+        """Publish the weights as they are now. False, at once or after ``wait_s``, if one is still on its way."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._offered is None, wait_s):
+                return False
+            self._copier.start()
+            self._offered = (version, steps, state)
+            self._changed.notify_all()
+            return True
+
+    def wait_until_held(self, version: int, timeout_s: float) -> bool:
+        """Whether the server confirms, within ``timeout_s``, that it holds ``version``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._held >= version, timeout_s)
+
+    def fetch_newer(self, version: int, timeout_s: float) -> Weights | None:
+        """Weights that the server holds and that are newer than ours; None if there are none, or no server."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._connect() as requester:
+            announce = self._publish(_Edition(version=max(0, version), steps=0, state="training", payload=b""), False)
+            answer = self._ask(requester, announce, deadline_s)
+            if not isinstance(answer, Published) or answer.version <= version:
+                return None
+            pull = Pull(run_id=self._expected.run_id, sender=self._client, have_version=version, seats_for=())
+            weights = self._ask(requester, pull, deadline_s)
+            return weights if isinstance(weights, Weights) and weights.payload is not None else None
+
+    def run(self) -> None:
+        """Send what is offered; otherwise ask, now and then, what the server holds."""
+        with self._connect() as requester:
+            while not self._stopping.is_set():
+                with self._changed:
+                    self._changed.wait_for(lambda: self._offered is not None or self._stopping.is_set(), ANNOUNCE_S)
+                    offered = self._offered
+                if offered is not None:
+                    version, steps, state = offered
+                    self._edition = _Edition(version=version, steps=steps, state=state, payload=self._copier.finish())
+                    with self._changed:
+                        self._offered = None
+                        self._changed.notify_all()
+                    self._send(requester, self._edition, with_payload=True)
+                elif self._edition is not None:
+                    if self._send(requester, self._edition, with_payload=False) < self._edition.version:
+                        self._send(requester, self._edition, with_payload=True)
+
+    def wake(self) -> None:
+        """Make ``run`` look at ``stopping`` now."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _send(self, requester: Requester, edition: _Edition, with_payload: bool) -> int:
+        """The version that the server holds afterwards, as far as we know."""
+        answer = self._ask(requester, self._publish(edition, with_payload), time.monotonic() + ANSWER_S)
+        if isinstance(answer, Published):
+            self.trouble = None
+            with self._changed:
+                self._held = answer.version
+                self._changed.notify_all()
+        return self._held
+
+    def _publish(self, edition: _Edition, with_payload: bool) -> Publish:
+        return Publish(
+            run_id=self._expected.run_id,
+            sender=self._client,
+            state=edition.state,
+            version=edition.version,
+            steps=edition.steps,
+            payload=edition.payload if with_payload else None,
+        )
+
+    def _ask(self, requester: Requester, request: Message, deadline_s: float) -> Message | None:
+        while not requester.send(codec.encode(request), POLL_S):
+            if time.monotonic() > deadline_s or self._stopping.is_set():
+                self._trouble("parameter server not reachable")
+                return None
+        while True:
+            frames = requester.receive(POLL_S)
+            if frames is not None:
+                return self._open(frames)
+            if time.monotonic() > deadline_s:
+                self._trouble("parameter server does not answer")
+                return None
+
+    def _open(self, frames: list[codec.Buffer]) -> Message | None:
+        try:
+            answer = codec.decode(frames, self._expected)
+        except WireError as error:
+            self._trouble(f"unusable answer: {error}")
+            return None
+        if isinstance(answer, Refusal):
+            self._trouble(f"parameter server refuses: {answer.text}")
+        return answer
+
+    def _trouble(self, text: str) -> None:
+        self.trouble = text
+        _log.warning("not_published", reason=text)
+
+
+def tensors_of(weights: Weights) -> dict[str, Tensor]:
+    """The weights in a message by name."""
+    assert weights.payload is not None
+    return safetensors.torch.load(bytes(weights.payload))

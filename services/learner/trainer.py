@@ -1,0 +1,230 @@
+"""The trainer: one batch of rollouts becomes one update of the weights.
+
+Before it come batches from ``batch.Batcher``, after it ``publisher`` and ``checkpoint`` read its weights. It
+never waits for the device: figures gather there and are fetched by ``read_figures`` once per report.
+Shapes: T unroll length, B batch size, F single frames per rollout, A policy outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.config import OptimiserConfig, RunConfig
+from services.learner.batch import Batch
+from services.learner.group import Group
+from services.rl.actions import Discrete
+from services.rl.frames import stack_frames
+from services.rl.losses import Experience, impala_loss
+from services.rl.networks import ActorCritic
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row had a gradient that is not finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Means over the updates since the last report; NaN where there were none."""
+
+    updates: int
+    loss_total: float
+    loss_policy: float
+    loss_baseline: float
+    loss_entropy: float
+    entropy: float
+    rho_clipped_ratio: float
+    grad_norm: float
+    nonfinite_updates: int
+
+
+class Trainer:
+    """Owns the weights, the optimiser and the counters of the run."""
+
+    def __init__(
+        self,
+        *,
+        network: ActorCritic,
+        actions: Discrete,
+        config: RunConfig,
+        frame_stack: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: Group,
+    ) -> None:
+        self.network = network.to(device)
+        self.optimiser = make_optimiser(config.optimiser, self.network)
+        self.version = 0
+        """Updates made, which numbers the policy."""
+        self.steps = 0
+        """Agent steps trained."""
+        self._parameters = list(self.network.parameters())
+        self._actions = actions
+        self._config = config
+        self._frame_stack = frame_stack
+        self._device = device
+        self._dtype = dtype
+        self._group = group
+        self._sums = torch.zeros(7, device=device)
+        self._pending_updates = 0
+        self._nonfinite = torch.zeros(3, dtype=torch.int64, device=device)
+        """Since the last report: how many; now in a row; the longest row."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        config = self._config.optimiser
+        if config.schedule == "constant":
+            return config.learning_rate
+        return config.learning_rate * max(0.0, 1.0 - self.steps / self._config.total_steps)
+
+    @property
+    def complete(self) -> bool:
+        """All steps are trained."""
+        return self.steps >= self._config.total_steps
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the weights."""
+        self.network.load_state_dict(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continues the training where it is."""
+        return {
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "version": self.version,
+            "steps": self.steps,
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there."""
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.version = state["version"]
+        self.steps = state["steps"]
+        torch.set_rng_state(state["rng"].cpu())
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The same batch where the network is. From pinned memory this does not wait."""
+        if self._device.type == "cpu":
+            return batch
+        return Batch(
+            observation=batch.observation.to(self._device, non_blocking=True),
+            episode_start=batch.episode_start.to(self._device, non_blocking=True),
+            action=batch.action.to(self._device, non_blocking=True),
+            behaviour_logits=batch.behaviour_logits.to(self._device, non_blocking=True),
+            reward=batch.reward.to(self._device, non_blocking=True),
+            terminated=batch.terminated.to(self._device, non_blocking=True),
+            lags=batch.lags,
+            release=batch.release,
+        )
+
+    def update(self, batch: Batch) -> None:
+        """One optimiser step. An update whose gradient is not finite changes no weight and is counted."""
+        first = self._frame_stack - 1
+        starts_FB = batch.episode_start.T
+        observations_TB = stack_frames(batch.observation.transpose(0, 1), starts_FB, self._frame_stack)
+        length, columns = observations_TB.shape[:2]
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            output = self.network(observations_TB.flatten(0, 1))
+        logits_TBA = output.logits.unflatten(0, (length, columns))
+        baselines_TB = output.baseline.unflatten(0, (length, columns))
+        loss = impala_loss(
+            logits_TBA=logits_TBA[:-1],
+            baselines_TB=baselines_TB[:-1],
+            bootstrap_value_B=baselines_TB[-1],
+            experience=Experience(
+                actions_TB=batch.action.T,
+                behaviour_logits_TBA=batch.behaviour_logits.transpose(0, 1),
+                rewards_TB=batch.reward.T,
+                terminated_TB=batch.terminated.T,
+                mask_TB=~starts_FB[first + 1 :],
+            ),
+            actions=self._actions,
+            config=self._config.loss,
+        )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._group.average(gradients)
+        grad_norm, finite = clip_or_zero(gradients, self._config.optimiser.max_grad_norm)
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = self.learning_rate
+        self.optimiser.step()
+        self.version += 1
+        self.steps += self._config.steps_per_update * self._group.world_size
+        self._remember(
+            [loss.total, loss.policy, loss.baseline, loss.entropy, loss.mean_entropy, loss.rho_clipped_ratio, grad_norm],
+            finite,
+        )
+
+    def _remember(self, figures: list[Tensor], finite: Tensor) -> None:
+        self._pending_updates += 1
+        self._sums += torch.where(finite, torch.stack([figure.detach() for figure in figures]), 0.0)
+        count, row, longest = self._nonfinite.unbind()
+        bad = (~finite).long()
+        row = (row + 1) * bad
+        self._nonfinite = torch.stack([count + bad, row, torch.maximum(longest, row)])
+
+    def read_figures(self) -> Figures:
+        """Fetch and reset what has gathered on the device: the only place that waits for it."""
+        nonfinite, row, longest = self._nonfinite.tolist()
+        updates = self._pending_updates
+        good = updates - nonfinite
+        means = [value / good if good else float("nan") for value in self._sums.tolist()]
+        self._sums.zero_()
+        self._nonfinite = torch.tensor([0, row, row], device=self._device)
+        self._pending_updates = 0
+        limit = self._config.learner.max_nonfinite_updates
+        if longest >= limit:
+            raise TrainingDiverged(
+                f"{longest} updates in a row had a gradient that is not finite, at version {self.version} "
+                f"(learner.max_nonfinite_updates = {limit}); lower optimiser.learning_rate = "
+                f"{self._config.optimiser.learning_rate}, or check the rewards of env.id = {self._config.env.id}"
+            )
+        return Figures(
+            updates=updates,
+            loss_total=means[0],
+            loss_policy=means[1],
+            loss_baseline=means[2],
+            loss_entropy=means[3],
+            entropy=means[4],
+            rho_clipped_ratio=means[5],
+            grad_norm=means[6],
+            nonfinite_updates=nonfinite,
+        )
+
+
+def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of the run."""
+    parameters = network.parameters()
+    if config.name == "adam":
+        betas = (config.adam_beta1, config.adam_beta2)
+        return torch.optim.Adam(parameters, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+    return torch.optim.RMSprop(
+        parameters,
+        lr=config.learning_rate,
+        alpha=config.rmsprop_alpha,
+        eps=config.epsilon,
+        momentum=config.rmsprop_momentum,
+    )
+
+
+def clip_or_zero(gradients: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """Scale to the global norm ``max_norm`` in place, or to zero if not finite: (norm before, whether finite).
+
+    Without a round trip to the device there is no branch, so a bad update is one with a zero gradient: without
+    momentum no weight moves.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = torch.isfinite(norm)
+    scale = torch.where(finite, (max_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
+    for gradient in gradients:
+        torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        gradient.mul_(scale)
+    return norm, finite
