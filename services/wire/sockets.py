@@ -14,6 +14,7 @@ belongs to the thread that uses it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -72,6 +73,12 @@ class _Socket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def wait(sockets: Sequence[_Socket], timeout_s: float) -> None:
+    """Return as soon as one of ``sockets`` has something to receive, at the latest after ``timeout_s``."""
+    # Rounded up: a timeout below a millisecond would make the caller's loop spin.
+    zmq.zmq_poll([(socket._socket, zmq.POLLIN) for socket in sockets], math.ceil(timeout_s * 1000))  # noqa: SLF001
 
 
 class RolloutSender(_Socket):

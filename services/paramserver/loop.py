@@ -1,0 +1,102 @@
+"""The parameter server's only loop: carries messages between the sockets and the rules.
+
+It consumes requests, and in a relay upstream's answers; it produces answers, and in a relay requests. It
+waits for either and for its nearest deadline, never longer than half a second, and for nothing else: no
+peer, disk or upstream can hold it up. What it may drop are answers to peers that are gone or do not read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from services.ops.health import Heartbeat
+from services.ops.logging import get_logger
+from services.ops.metrics import ParamserverMetrics
+from services.paramserver.relay import Relay
+from services.paramserver.server import LOG_INTERVAL_S, Reply, Server
+from services.wire.codec import size_bytes
+from services.wire.messages import Buffer
+from services.wire.sockets import Replier, Requester, wait
+
+TURN_S = 0.5
+"""The loop turns at least this often, for its heartbeat and to see that it shall stop."""
+
+
+class Loop:
+    """Owns the sockets while it runs. ``upstream`` is what makes it a relay."""
+
+    def __init__(
+        self,
+        *,
+        server: Server,
+        replier: Replier,
+        metrics: ParamserverMetrics,
+        upstream: tuple[Relay, Requester] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._server = server
+        self._replier = replier
+        self._metrics = metrics
+        self._upstream = upstream
+        self._clock = clock
+        self._log = get_logger("loop").limited(LOG_INTERVAL_S)
+
+    def run(self, stopping: threading.Event, heartbeat: Heartbeat) -> None:
+        """Serve until ``stopping``."""
+        while not stopping.is_set():
+            heartbeat.beat()
+            self.turn()
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._replier.close()
+        if self._upstream is not None:
+            self._upstream[1].close()
+
+    def turn(self) -> None:
+        """Wait for something to do, and do it."""
+        self._wait()
+        request = self._replier.receive(0.0)
+        if request is not None:
+            self._send(self._handle(*request))
+        if self._upstream is not None:
+            self._turn_upstream(*self._upstream)
+        self._send(self._server.tick(self._clock()))
+
+    def _handle(self, peer: bytes, frames: Sequence[Buffer]) -> list[Reply]:
+        try:
+            return self._server.handle(peer, frames, self._clock())
+        except Exception as error:  # noqa: BLE001  (a bug that one request meets must not end all the others)
+            self._metrics.refused_requests.labels("internal").inc()
+            self._log.crash("request_failed", error)
+            return []
+
+    def _wait(self) -> None:
+        deadline_s = self._server.next_deadline_s()
+        sockets: list[Replier | Requester] = [self._replier]
+        if self._upstream is not None:
+            relay, requester = self._upstream
+            deadline_s = min(deadline_s, relay.next_deadline_s())
+            sockets.append(requester)
+        wait(sockets, min(max(deadline_s - self._clock(), 0.0), TURN_S))
+
+    def _turn_upstream(self, relay: Relay, requester: Requester) -> None:
+        frames = requester.receive(0.0)
+        if frames is not None:
+            self._send(relay.handle(frames, self._clock()))
+        for outgoing in relay.requests(self._clock()):
+            if not requester.send(outgoing, timeout_s=0.0):
+                relay.unsent(self._clock())
+
+    def _send(self, replies: list[Reply]) -> None:
+        for reply in replies:
+            if not self._replier.send(reply.peer, reply.frames):
+                self._log.debug("peer_gone", peer=reply.peer.hex())
+            elif reply.result is not None:
+                self._metrics.pulls.labels(reply.result).inc()
+                if reply.since_s is not None:
+                    self._metrics.pull_seconds.observe(self._clock() - reply.since_s)
+                if reply.result == "full":
+                    self._metrics.sent_bytes.inc(size_bytes(reply.frames))

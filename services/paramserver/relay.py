@@ -1,0 +1,129 @@
+"""A relay's side towards upstream: the store of a ``Server`` that is fed by pulling instead of publishing.
+
+One long-poll for weights is always open, and names all of the relay's clients, so that their leases are
+renewed further up and every seat is decided in one place. A newcomer does not wait for that poll to end: a
+new request, which names it, replaces the open one. Such a request is answered at once, so those who arrive
+in the meantime share the next one. Without upstream the relay goes on serving what it has, and asks again.
+
+Sans-I/O like the server, and called by the same loop: relay and server share one thread and need no lock.
+Since a relay answers as a parameter server does, it can be upstream of another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.ops.logging import get_logger
+from services.paramserver.membership import RelayedSeats
+from services.paramserver.server import LOG_INTERVAL_S, Reply, Server
+from services.paramserver.store import Snapshot, Store
+from services.wire.codec import Expected, WireError, decode, encode
+from services.wire.messages import Buffer, Client, Goodbye, Pull, Weights
+
+RETRY_S = 0.5
+"""Before asking again when upstream is not there, or did not answer as it should."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Open:
+    number: int
+    clients: tuple[Client, ...]
+    has_newcomers: bool
+    until_s: float
+
+
+class Relay:
+    """Asks upstream on behalf of all clients of ``server``."""
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        run_id: str,
+        hold_s: float,
+        max_message_bytes: int,
+        store: Store,
+        seats: RelayedSeats,
+        server: Server,
+    ) -> None:
+        self._client = client
+        self._run_id = run_id
+        self._patience_s = 2 * hold_s
+        self._expected = Expected(run_id=run_id, max_message_bytes=max_message_bytes)
+        self._store = store
+        self._seats = seats
+        self._server = server
+        self._number = 0
+        self._open: _Open | None = None
+        self._ask_at_s = 0.0
+        self._log = get_logger("relay").limited(LOG_INTERVAL_S)
+        self.has_answered = False
+        """Whether upstream has answered yet."""
+
+    def requests(self, now_s: float) -> list[list[Buffer]]:
+        """Goodbyes to pass on, and a Pull when one is due."""
+        goodbyes = [Goodbye(run_id=self._run_id, sender=client) for client in self._seats.take_departed()]
+        requests = [encode(goodbye) for goodbye in goodbyes]
+        if now_s >= self.next_deadline_s():
+            requests.append(self._pull(now_s))
+        return requests
+
+    def next_deadline_s(self) -> float:
+        """When the next Pull is due."""
+        if self._open is None or (self._seats.has_unasked and not self._open.has_newcomers):
+            return self._ask_at_s
+        return max(self._ask_at_s, self._open.until_s)
+
+    def unsent(self, now_s: float) -> None:
+        """Upstream is not there; a Goodbye that did not leave is made up for by the end of its lease."""
+        self._open = None
+        self._ask_at_s = now_s + RETRY_S
+
+    def handle(self, frames: Sequence[Buffer], now_s: float) -> list[Reply]:
+        """Take over what upstream says, and answer the clients to whom it is news."""
+        try:
+            message = decode(frames, self._expected)
+        except WireError as error:
+            return self._complain(str(error), now_s)
+        if not isinstance(message, Weights):
+            return self._complain(str(message), now_s)
+        self.has_answered = True
+        if self._open is not None and message.request == self._open.number:
+            if len(message.seats) != len(self._open.clients):
+                return self._complain("it did not answer with one seat for each client", now_s)
+            self._seats.learn(self._open.clients, message.seats)
+            self._open = None
+        snapshot = Snapshot(
+            version=message.version,
+            steps=message.steps,
+            state=message.state,
+            payload=message.payload,
+        )
+        return self._server.offer(snapshot, now_s)
+
+    def _pull(self, now_s: float) -> list[Buffer]:
+        if self._open is not None and now_s >= self._open.until_s:
+            self._log.warning("upstream_silent", waited_s=self._patience_s)
+        has_newcomers = self._seats.has_unasked
+        self._number += 1
+        self._open = _Open(
+            number=self._number,
+            clients=self._seats.ask(),
+            has_newcomers=has_newcomers,
+            until_s=now_s + self._patience_s,
+        )
+        pull = Pull(
+            run_id=self._run_id,
+            sender=self._client,
+            have_version=self._store.snapshot.version,
+            seats_for=self._open.clients,
+            request=self._number,
+        )
+        return encode(pull)
+
+    def _complain(self, text: str, now_s: float) -> list[Reply]:
+        self._log.warning("upstream_refused", error=text)
+        self._open = None
+        self._ask_at_s = now_s + RETRY_S
+        return []
