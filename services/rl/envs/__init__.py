@@ -7,6 +7,7 @@ The actor's loop comes after this; rewards leave unclipped and frames unstacked.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 
 from services.config import EnvConfig
@@ -39,11 +40,14 @@ def _suite(env_id: str) -> Suite:
     for suite in SUITES.values():
         if suite.plays(env_id):
             return suite
-    known = {known_id.lower(): known_id for suite in SUITES.values() for known_id in suite.known_ids()}
-    close = difflib.get_close_matches(env_id.lower(), known, n=3, cutoff=0.5)
+    known: dict[str, str] = {}  # by full name and by bare name: ALE/Pong-v5 is close to `pomg` as well
+    for known_id in (known_id for suite in SUITES.values() for known_id in suite.known_ids()):
+        known[known_id.lower()] = known_id
+        known[re.sub(r"^.*/|-v\d+$", "", known_id.lower())] = known_id
+    matches = difflib.get_close_matches(env_id.lower(), known, n=3, cutoff=0.5)
+    close = list(dict.fromkeys(known[match] for match in matches))
+    suggestion = f"did you mean {' or '.join(close)}? " if close else ""
     raise ValueError(
-        f"env.id = {env_id!r}: unknown; "
-        + (f"did you mean {' or '.join(known[match] for match in close)}? " if close else "")
-        + "Allowed are catch, recall, an Atari game (ALE/Pong-v5), a registered Gymnasium id, "
-        "or package.module:factory"
+        f"env.id = {env_id!r}: unknown; {suggestion}Allowed are ids of the suites {', '.join(SUITES)}, "
+        "and package.module:factory"
     )

@@ -7,8 +7,10 @@ raw. At the start of a game FIRE is pressed once where the game has it; after a 
 
 A lost life is detected here, from the number of lives: ALE's own flag for it (``life_loss_info``) cannot be
 told from the end of a game that ends with lives left (Adventure), and hides a truncation in the same step.
-When ALE truncates in the middle of the maximum over two frames, the final observation is a maximum over older
-frames of the same game; no other observation is affected.
+A truncation stops ALE before it has filmed the last frame of the step, so that final observation shows the
+game a frame earlier, with traces of the previous observation; all others are exact.
+
+An emulator takes about 0.15 s to start (its ROM is loaded at construction and again to be seeded).
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""Atari: lives, ends of games and time limits on real emulators, and the spellings of ids."""
+
 from __future__ import annotations
 
 import numpy as np

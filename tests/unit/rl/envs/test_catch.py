@@ -1,3 +1,5 @@
+"""Catch, played by hand: every expected board and reward is written out or follows from the rules."""
+
 from __future__ import annotations
 
 import numpy as np

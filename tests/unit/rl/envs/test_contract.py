@@ -188,7 +188,7 @@ def test_actions_that_the_spec_does_not_allow_are_bugs(actions: npt.NDArray[np.i
 @pytest.mark.parametrize(
     ("wrong", "suggested"),
     [
-        ("cath", "did you mean catch?"),
+        ("cath", "did you mean catch"),
         ("Recal", "recall"),
         ("cartpole", "CartPole-v1"),
         ("CartPole", "CartPole-v1"),
@@ -196,7 +196,7 @@ def test_actions_that_the_spec_does_not_allow_are_bugs(actions: npt.NDArray[np.i
         ("BreakuotNoFrameskip-v4", "unknown Atari game; did you mean ALE/Breakout-v5"),
         ("ALE/MontezumasRevenge-v5", "did you mean ALE/MontezumaRevenge-v5"),
         ("Pomg", "ALE/Pong-v5"),
-        ("xyzzy-1234567", "Allowed are catch, recall, an Atari game"),
+        ("xyzzy-1234567", "Allowed are ids of the suites catch, recall, atari, gymnasium"),
     ],
 )
 def test_an_unknown_id_is_refused_with_the_closest_ones(wrong: str, suggested: str) -> None:

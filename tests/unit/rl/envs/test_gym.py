@@ -1,3 +1,5 @@
+"""Gymnasium ids and factories, compared with Gymnasium itself and with homemade environments."""
+
 from __future__ import annotations
 
 from typing import Literal

@@ -1,3 +1,5 @@
+"""Recall, played by hand: what is shown when, and which action counts."""
+
 from __future__ import annotations
 
 import numpy as np
