@@ -1,0 +1,212 @@
+"""The ``impala`` command: finds out which part is meant and imports only that one.
+
+``impala --help`` and ``impala config`` load neither torch nor zmq. Whatever the user can mend ends as one
+line per problem on stderr and exit code 2; anything else is our bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+BAD_CONFIG = 2
+"""Exit code of every command, and every pod, whose configuration the user has to mend."""
+
+PODS = ("actor", "learner", "paramserver")
+
+USAGE = """\
+usage: impala <command> [flags]
+
+  train         train on this machine: parameter server, learner and actors as processes
+  config        show the effective configuration; `impala config --help` explains every key
+  actor         run one actor
+  learner       run one learner
+  paramserver   run the parameter server
+
+`impala <command> --help` says more. `impala --version` prints the version.
+"""
+
+TRAIN_USAGE = """\
+usage: impala train [flags]
+
+Trains until --total_steps agent steps are done. Ctrl-C stops cleanly and saves a checkpoint; a second
+Ctrl-C ends everything at once.
+
+  --config FILE      configuration to start from, YAML or JSON
+  --run-dir DIR      where the run is kept; default runs/<time>-<env>
+  --resume RUN_DIR   continue that run with its configuration; further flags override it
+  --plain            log lines instead of the live display (also the case when stdout is no terminal)
+
+Every key of the configuration is a flag too; `impala config --help` lists them all. Some to begin with:
+
+  --env catch                    what to play: catch, ALE/Pong-v5, CartPole-v1, your.module:factory
+  --actors 4                     actor processes
+  --total_steps 1000000          agent steps to train for
+  --preset torchbeast            another set of defaults
+  --learning-rate 3e-4 --entropy-cost 0.01 --batch_size 32 --unroll_length 20 --seed 7
+"""
+
+CONFIG_USAGE = """\
+usage: impala config [--config FILE] [flags]    print the effective configuration as YAML
+       impala config --schema                   print the JSON schema of a configuration file
+
+A configuration is put together from a preset, a file, environment variables and flags; each overrides
+the ones before it. The key learner.queue_capacity, for example, is
+
+  in a file        learner: {queue_capacity: 64}
+  in the shell     IMPALA__LEARNER__QUEUE_CAPACITY=64
+  as a flag        --learner.queue_capacity 64
+"""
+
+POD_USAGE = """\
+usage: impala {role} [--config FILE] [flags]
+
+Runs one {role} in the foreground, as a container does. `impala config --help` lists all flags.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    from services.config import ConfigError
+
+    try:
+        return _dispatch(arguments)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"impala: {line}", file=sys.stderr)
+        return BAD_CONFIG
+    except BrokenPipeError:  # `impala config --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from services.config import ConfigError
+
+    command, flags = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    wants_help = "--help" in flags or "-h" in flags
+    if command in ("--help", "-h", "help"):
+        print(USAGE, end="")
+    elif command == "--version":
+        print(f"impala {_version()}")
+    elif command == "train":
+        if wants_help:
+            print(TRAIN_USAGE, end="")
+        else:
+            return _train(flags)
+    elif command == "config":
+        if wants_help:
+            _explain_config()
+        else:
+            _show_config(flags)
+    elif command in PODS:
+        if wants_help:
+            print(POD_USAGE.format(role=command), end="")
+        else:
+            return int(importlib.import_module(f"services.{command}.__main__").main(flags))
+    else:
+        known = ["train", "config", *PODS]
+        close = difflib.get_close_matches(command, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
+        raise ConfigError(f"unknown command {command!r}; {hint}")
+    return 0
+
+
+def _train(flags: list[str]) -> int:
+    from services import config, local
+
+    plain = _take_switch(flags, "--plain")
+    file = _take_value(flags, "--config")
+    resumed = _take_value(flags, "--resume")
+    if resumed is not None:
+        if file is not None:
+            raise config.ConfigError(
+                "--resume and --config: a resumed run has its configuration; give one of them"
+            )
+        run_config = local.resumed_config(Path(resumed), os.environ, flags)
+    else:
+        run_config = config.load(Path(file) if file else None, os.environ, flags)
+        if "run_dir" not in run_config.model_fields_set:
+            run_config = local.with_new_run_dir(run_config, datetime.now())
+    return local.train(run_config, resume=resumed is not None, plain=plain)
+
+
+def _show_config(flags: list[str]) -> None:
+    import yaml
+
+    from services import config
+
+    if _take_switch(flags, "--schema"):
+        print(json.dumps(config.schema(), indent=2))
+        return
+    file = _take_value(flags, "--config")
+    effective = config.load(Path(file) if file else None, os.environ, flags)
+    print(yaml.safe_dump(config.dump(effective), sort_keys=False, allow_unicode=True), end="")
+
+
+def _explain_config() -> None:
+    from services import config
+
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    print(CONFIG_USAGE)
+    section = ""
+    for key, default, text in config.describe():
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            print(f"[{section}]\n")
+        print(f"  {key} = {default}")
+        print(textwrap.fill(text, width, initial_indent="      ", subsequent_indent="      ") + "\n")
+    print("short spellings")
+    for alias, key in config.ALIASES.items():
+        print(f"  --{alias:<16} --{key}")
+    print(f"\npresets: {', '.join(config.PRESETS)}")
+
+
+def _take_switch(flags: list[str], name: str) -> bool:
+    """Whether ``name`` is among ``flags``, from which it is removed."""
+    present = name in flags
+    while name in flags:
+        flags.remove(name)
+    return present
+
+
+def _take_value(flags: list[str], name: str) -> str | None:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, removed from ``flags``; the last one counts."""
+    from services.config import ConfigError
+
+    value = None
+    index = 0
+    while index < len(flags):
+        if flags[index] == name:
+            if index + 1 == len(flags):
+                raise ConfigError(f"{name}: a value is missing")
+            value = flags[index + 1]
+            del flags[index : index + 2]
+        elif flags[index].startswith(f"{name}="):
+            value = flags.pop(index).partition("=")[2]
+        else:
+            index += 1
+    if value == "":
+        raise ConfigError(f"{name}: a value is missing")
+    return value
+
+
+def _version() -> str:
+    try:
+        return version("impala-kubernetes")
+    except PackageNotFoundError:
+        return "(from a checkout that is not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

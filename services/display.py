@@ -1,0 +1,290 @@
+"""What a local run shows of itself: ``Snapshot`` -> a live display in a terminal, or log lines elsewhere.
+
+``render`` is pure, so that every picture can be tested without a terminal. The figures come from
+``ops.figures``; nothing here starts, stops or waits for a pod: that is ``local``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from rich.box import ROUNDED
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from services.ops.figures import PodPhase, PodStatus, Snapshot, plain_fields
+from services.ops.logging import EventLogger, format_value
+
+LABEL_WIDTH = len("paramserver")
+
+
+def render(snapshot: Snapshot, width: int) -> RenderableType:
+    """The live display: quiet, one subject a row, and nothing that jumps when a figure gains a digit."""
+    inner = max(30, width - 4)
+    room = inner - LABEL_WIDTH - 2
+    rows = Table.grid(padding=(0, 2), expand=False)
+    rows.add_column(style="dim", no_wrap=True, width=LABEL_WIDTH)
+    rows.add_column(no_wrap=True, overflow="ellipsis", max_width=room)
+    for label, content in _rows(snapshot, room):
+        rows.add_row(label, content)
+    title = Text.assemble(" IMPALA ", (" ", ""), (snapshot.run.env_id, "bold"), " ")
+    footer = Text(f" {snapshot.run.run_dir} ", style="dim")
+    return Panel(
+        Group(_progress_line(snapshot, inner), Text(), rows),
+        title=title,
+        title_align="left",
+        subtitle=footer,
+        subtitle_align="left",
+        border_style="dim",
+        box=ROUNDED,
+        width=width,
+        padding=(1, 1, 0, 1),
+    )
+
+
+def _progress_line(snapshot: Snapshot, width: int) -> RenderableType:
+    line = Table.grid(expand=True, padding=(0, 1))
+    line.add_column(ratio=1)
+    line.add_column(justify="right", no_wrap=True)
+    line.add_column(justify="right", no_wrap=True, style="dim")
+    counts = f"{_number(snapshot.steps or 0)} of {_number(snapshot.run.total_steps)} steps"
+    remaining = f"{_duration(snapshot.eta_s)} left" if snapshot.eta_s is not None else "starting"
+    if snapshot.done_ratio >= 1.0:
+        remaining = "done"
+    elif snapshot.steps and snapshot.eta_s is None:
+        remaining = "waiting"
+    line.add_row(
+        ProgressBar(
+            total=1.0,
+            completed=snapshot.done_ratio,
+            complete_style="cyan",
+            finished_style="green",
+            style="bright_black",
+        ),
+        Text(f"{math.floor(100 * snapshot.done_ratio):3d} %", style="bold"),
+        Text(f"{remaining:>14}") if width >= 40 else Text(),
+    )
+    return Group(line, Text(counts, style="dim"))
+
+
+def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
+    rows: list[tuple[str, RenderableType]] = [
+        (
+            "speed",
+            _figures(
+                (_number(snapshot.steps_per_s), "steps/s"),
+                (_number(snapshot.frames_per_s), "frames/s"),
+                (_duration(snapshot.elapsed_s), "elapsed"),
+            ),
+        ),
+        ("return", _return_line(snapshot, width)),
+        (
+            "learner",
+            _figures(
+                (_percent(snapshot.wait_ratio), "waiting"),
+                (f"{_number(snapshot.queue_depth)}/{_number(snapshot.queue_capacity)}", "queued"),
+                (_number(snapshot.policy_version), "version"),
+            ),
+        ),
+        ("lag", _figures((_figure(snapshot.lag_mean), "mean"), (_number(snapshot.lag_max), "at most"))),
+        (
+            "loss",
+            _figures(
+                *((_figure(snapshot.losses.get(term)), term) for term in ("total", "policy", "baseline")),
+            ),
+        ),
+        (
+            "",
+            _figures(
+                (_figure(snapshot.entropy), "entropy"),
+                (_figure(snapshot.grad_norm), "grad norm"),
+                (_figure(snapshot.learning_rate), "lr"),
+            ),
+        ),
+        (
+            "saved",
+            Text("no checkpoint yet", style="dim")
+            if snapshot.checkpoint_age_s is None
+            else _figures((_duration(snapshot.checkpoint_age_s), "ago")),
+        ),
+        ("", Text()),
+        *_pod_rows(snapshot.pods),
+    ]
+    if snapshot.troubles:
+        lost = "   ".join(f"{count:,} {kind}" for kind, count in snapshot.troubles.items())
+        rows += [("", Text()), ("lost", Text(lost, style="yellow"))]
+    return rows
+
+
+def _return_line(snapshot: Snapshot, width: int) -> Text:
+    if snapshot.episode_return is None:
+        return Text("no episode yet", style="dim")
+    room = max(0, min(48, width - 14))
+    return Text.assemble(
+        (f"{_figure(snapshot.episode_return):>9}", "bold"), "  ", (sparkline(snapshot.returns, room), "cyan")
+    )
+
+
+def _figures(*pairs: tuple[str, str]) -> Text:
+    """Values right-aligned in columns of one width, so that rows line up and do not jump."""
+    text = Text()
+    for value, unit in pairs:
+        text.append(f"{value:>9}")
+        text.append(f" {unit:<11}", style="dim")
+    text.rstrip()
+    return text
+
+
+PHASE_STYLES: Mapping[PodPhase, str] = {
+    "up": "green",
+    "starting": "bright_black",
+    "silent": "yellow",
+    "restarting": "red",
+    "stopped": "bright_black",
+}
+
+
+def _pod_rows(pods: Sequence[PodStatus]) -> list[tuple[str, Text]]:
+    """One row a role: the servers first, then all actors together, in their worst phase."""
+    rows = []
+    for role in dict.fromkeys(pod.role for pod in pods):
+        group = [pod for pod in pods if pod.role == role]
+        up = sum(pod.phase == "up" for pod in group)
+        memory_bytes = sum(pod.memory_bytes or 0.0 for pod in group)
+        restarts = sum(pod.restarts for pod in group)
+        text = Text()
+        for phase, style in PHASE_STYLES.items():
+            number = sum(pod.phase == phase for pod in group)
+            text.append("●" * min(number, 16), style=style)
+        text.append(f" {up} of {len(group)} up" if len(group) > 1 else f" {group[0].phase}")
+        if memory_bytes:
+            text.append(f"   {memory_bytes / 1e6:,.0f} MB", style="dim")
+        if restarts:
+            text.append(f"   {restarts} restart{'s' if restarts > 1 else ''}", style="yellow")
+        rows.append((role if len(group) == 1 else f"{role}s", text))
+    return rows
+
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """``values`` as at most ``width`` characters between their least and their greatest."""
+    if not values or width < 1:
+        return ""
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return SPARKS[0] * columns
+    return "".join(SPARKS[round((mean - low) / (high - low) * (len(SPARKS) - 1))] for mean in means)
+
+
+def _number(value: float | None) -> str:
+    """1234567 -> 1,234,567."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if math.isfinite(value) else "many"
+
+
+def _figure(value: float | None) -> str:
+    """About four digits, without jumping between notations."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size != 0 and (size >= 1e6 or size < 1e-3):
+        return f"{value:.2e}"
+    decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def _percent(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{100 * ratio:.0f} %"
+
+
+def _duration(seconds: float | None) -> str:
+    """75 -> 1:15; 3675 -> 1:01:15; days from 48 hours."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    if hours:
+        return f"{hours}:{minutes:02d}:{whole % 60:02d}"
+    return f"{minutes}:{whole % 60:02d}"
+
+
+class Progress(Protocol):
+    """Where the launcher reports to."""
+
+    @property
+    def interval_s(self) -> float:
+        """Time between two calls of ``update``."""
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Show the newest figures."""
+
+    def event(self, name: str, **fields: object) -> None:
+        """Something happened that is worth a line."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+
+
+class PlainProgress:
+    """A line every few seconds."""
+
+    interval_s = 5.0
+
+    def __init__(self, log: EventLogger) -> None:
+        self._log = log
+
+    def update(self, snapshot: Snapshot) -> None:
+        """One line with all figures."""
+        self._log.info("progress", **plain_fields(snapshot))
+
+    def event(self, name: str, **fields: object) -> None:
+        """One line."""
+        self._log.info(name, **fields)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class LiveProgress:
+    """A display that repaints itself in place; events scroll by above it."""
+
+    interval_s = 1.0
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._console = console or Console()
+        self._clock = clock
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._live.start()
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Repaint. The width follows the terminal's, up to where lines become hard to read."""
+        self._live.update(render(snapshot, min(self._console.width, 120)), refresh=True)
+
+    def event(self, name: str, **fields: object) -> None:
+        """A line above the display."""
+        text = Text(time.strftime("%H:%M:%S ", time.localtime(self._clock())), style="dim")
+        text.append(name.replace("_", " "), style="bold")
+        text.append("".join(f"  {key}={format_value(value)}" for key, value in fields.items()))
+        self._live.console.print(text, soft_wrap=True)
+
+    def close(self) -> None:
+        """The last picture stays."""
+        self._live.stop()

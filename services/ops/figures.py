@@ -1,0 +1,231 @@
+"""A run in figures: what a person wants to know of it, worked out from scrapes of its learner.
+
+``take_snapshot`` is pure: two scrapes in, one ``Snapshot`` out; ``History`` keeps the scrapes it needs. The
+live display and the log lines of ``impala train`` come after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from services.ops.scrape import Increase, Scrape, increases
+
+RATE_WINDOW_S = 10.0
+"""Rates are means over this time: long enough for calm digits, short enough to see a change."""
+
+PodPhase = Literal["starting", "up", "silent", "restarting", "stopped"]
+"""starting: has not answered yet; silent: has stopped to; restarting: waits for its next start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What does not change while a run goes on."""
+
+    env_id: str
+    total_steps: int
+    frame_skip: int
+    run_dir: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodStatus:
+    """One process, as its launcher and its metrics know it."""
+
+    name: str
+    role: str
+    phase: PodPhase
+    restarts: int
+    memory_bytes: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All figures of a run at one moment. None: not known (yet)."""
+
+    run: RunInfo
+    elapsed_s: float
+    pods: tuple[PodStatus, ...]
+    steps: int | None = None
+    steps_per_s: float | None = None
+    eta_s: float | None = None
+    episode_return: float | None = None
+    """Mean over tasks of the mean return of recent episodes."""
+    returns: tuple[float, ...] = ()
+    """Its course since the launcher started."""
+    lag_mean: float | None = None
+    lag_max: float | None = None
+    wait_ratio: float | None = None
+    """Share of its time that the learner waited for rollouts."""
+    queue_depth: int | None = None
+    queue_capacity: int | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
+    entropy: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    policy_version: int | None = None
+    checkpoint_age_s: float | None = None
+    troubles: Mapping[str, int] = field(default_factory=dict)
+    """What was lost since the pods started, by kind; only what happened."""
+
+    @property
+    def frames_per_s(self) -> float | None:
+        """Environment frames, which are what papers count."""
+        return None if self.steps_per_s is None else self.steps_per_s * self.run.frame_skip
+
+    @property
+    def done_ratio(self) -> float:
+        """Between 0 and 1."""
+        return min(1.0, (self.steps or 0) / self.run.total_steps)
+
+
+def take_snapshot(
+    run: RunInfo,
+    before: Scrape | None,
+    now: Scrape | None,
+    *,
+    pods: tuple[PodStatus, ...] = (),
+    elapsed_s: float = 0.0,
+    unix_time_s: float = 0.0,
+    returns: tuple[float, ...] = (),
+) -> Snapshot:
+    """The run's figures, from an earlier and the latest scrape of the learner."""
+    if now is None:
+        return Snapshot(run=run, elapsed_s=elapsed_s, pods=pods, returns=returns)
+    steps = now.get("impala_learner_steps") or now.get("impala_learner_samples_total")
+    increase = increases(before, now)
+    steps_per_s = increase("impala_learner_samples_total", per_second=True)
+    wait_ratio = increase("impala_learner_stage_seconds_sum", per_second=True, stage="wait")
+    lag_mean, lag_max = _lag(now, increase)
+    task_returns = now.by_label("impala_episode_return", "task")
+    saved_at_s = now.get("impala_checkpoint_timestamp_seconds")
+    version = _whole(now.get("impala_learner_policy_version"))
+    return Snapshot(
+        run=run,
+        elapsed_s=elapsed_s,
+        pods=pods,
+        steps=_whole(steps),
+        steps_per_s=steps_per_s,
+        eta_s=max(0.0, run.total_steps - steps) / steps_per_s if steps is not None and steps_per_s else None,
+        episode_return=sum(task_returns.values()) / len(task_returns) if task_returns else None,
+        returns=returns,
+        lag_mean=lag_mean,
+        lag_max=lag_max,
+        wait_ratio=None if wait_ratio is None else min(1.0, wait_ratio),
+        queue_depth=_whole(now.get("impala_learner_queue_depth")),
+        queue_capacity=_whole(now.get("impala_learner_queue_capacity")),
+        losses=now.by_label("impala_learner_loss", "term"),
+        entropy=now.get("impala_learner_entropy"),
+        grad_norm=now.get("impala_learner_grad_norm"),
+        learning_rate=now.get("impala_learner_learning_rate"),
+        policy_version=None if version is None or version < 0 else version,
+        checkpoint_age_s=max(0.0, unix_time_s - saved_at_s) if saved_at_s else None,
+        troubles=_troubles(now),
+    )
+
+
+def _lag(now: Scrape, increase: Increase) -> tuple[float | None, float | None]:
+    """Mean, and the upper edge of the highest bucket that grew."""
+    name = "impala_learner_policy_lag_versions"
+    count, total = increase(f"{name}_count"), increase(f"{name}_sum")
+    if not count or total is None:
+        return None, None
+    edges = sorted(now.by_label(f"{name}_bucket", "le"), key=float)
+    reached = (edge for edge in edges if (increase(f"{name}_bucket", le=edge) or 0.0) >= count)
+    return total / count, float(next(reached, "inf"))
+
+
+def _troubles(now: Scrape) -> dict[str, int]:
+    counts = {
+        "stale rollouts": now.get("impala_learner_rollouts_total", result="stale"),
+        "invalid rollouts": now.get("impala_learner_rollouts_total", result="invalid"),
+        "lost rollouts": now.get("impala_learner_sequence_gaps_total"),
+        "skipped updates": now.get("impala_learner_nonfinite_updates_total"),
+        "failed checkpoints": now.get("impala_checkpoint_failures_total"),
+    }
+    return {kind: int(count) for kind, count in counts.items() if count}
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None or not math.isfinite(value) else int(value)
+
+
+class History:
+    """The little that figures need of the past: a window of scrapes, and the course of the return."""
+
+    LONGEST = 256
+
+    def __init__(self) -> None:
+        self._window: deque[Scrape] = deque()
+        self._returns: list[float] = []
+        self._stride = 1
+        self._seen = 0
+
+    def add(self, learner: Scrape | None) -> None:
+        """Remember the learner's latest scrape, unless it is the one already known."""
+        if learner is None or (self._window and self._window[-1].time_s == learner.time_s):
+            return
+        self._window.append(learner)
+        while len(self._window) > 2 and learner.time_s - self._window[1].time_s >= RATE_WINDOW_S:
+            self._window.popleft()
+        returns = learner.by_label("impala_episode_return", "task")
+        if returns:
+            self._add_return(sum(returns.values()) / len(returns))
+
+    def _add_return(self, value: float) -> None:
+        self._seen += 1
+        if self._seen % self._stride == 0 and math.isfinite(value):
+            self._returns.append(value)
+        if len(self._returns) > self.LONGEST:  # keep every second one, and take every second one from now on
+            self._returns = self._returns[1::2]
+            self._stride *= 2
+
+    @property
+    def before(self) -> Scrape | None:
+        """The scrape that rates are measured from."""
+        return self._window[0] if len(self._window) > 1 else None
+
+    @property
+    def now(self) -> Scrape | None:
+        """The latest."""
+        return self._window[-1] if self._window else None
+
+    @property
+    def returns(self) -> tuple[float, ...]:
+        """At most ``LONGEST`` points, evenly spread over the time since the start."""
+        return tuple(self._returns)
+
+
+def plain_fields(snapshot: Snapshot) -> dict[str, object]:
+    """The figures of a log line; what is not known is left out."""
+    fields: dict[str, object] = {
+        "steps": snapshot.steps,
+        "total_steps": snapshot.run.total_steps,
+        "steps_per_s": _rounded(snapshot.steps_per_s),
+        "frames_per_s": _rounded(snapshot.frames_per_s),
+        "eta_s": _rounded(snapshot.eta_s),
+        "episode_return": snapshot.episode_return,
+        "lag_mean": snapshot.lag_mean,
+        "lag_max": snapshot.lag_max,
+        "learner_wait_ratio": snapshot.wait_ratio,
+        "queue_depth": snapshot.queue_depth,
+        "queue_capacity": snapshot.queue_capacity,
+        **{f"loss_{term}": value for term, value in snapshot.losses.items()},
+        "entropy": snapshot.entropy,
+        "grad_norm": snapshot.grad_norm,
+        "policy_version": snapshot.policy_version,
+        "checkpoint_age_s": _rounded(snapshot.checkpoint_age_s),
+        **{kind.replace(" ", "_"): count for kind, count in snapshot.troubles.items()},
+        "pods_up": f"{sum(pod.phase == 'up' for pod in snapshot.pods)}/{len(snapshot.pods)}",
+        "restarts": sum(pod.restarts for pod in snapshot.pods) or None,
+        "memory_mb": _rounded(sum(pod.memory_bytes or 0.0 for pod in snapshot.pods) / 1e6),
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None or not math.isfinite(value) else round(value)
