@@ -77,7 +77,7 @@ class NetworkConfig(Section):
     """What maps observations to policy logits and a baseline."""
 
     name: str = "auto"
-    """`shallow`, `nature`, `mlp`, `package.module:factory`, or `auto`: shallow for images, mlp for vectors."""
+    """`shallow`, `nature`, `mlp`, `package.module:factory`; `auto` is shallow for images, mlp for vectors."""
     hidden_size: PositiveInt = 128
     """mlp: width of its two hidden layers."""
 
@@ -274,7 +274,9 @@ class RunConfig(Section):
                 f"total_steps = {self.total_steps}: less than one update; allowed is at least "
                 f"unroll_length x batch_size = {self.steps_per_update}"
             )
-        in_flight = -(-self.actors * self.actor.num_envs // (self.batch_size * len(self.wire.learner_endpoints)))
+        in_flight = -(
+            -self.actors * self.actor.num_envs // (self.batch_size * len(self.wire.learner_endpoints))
+        )
         if self.learner.max_policy_lag < in_flight:
             raise ValueError(
                 f"learner.max_policy_lag = {self.learner.max_policy_lag}: actors x actor.num_envs = "
@@ -307,8 +309,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "loss": {"entropy_cost": 6e-4},
     },
 }
-"""Named defaults. `impala` is the Atari column of the paper, which the fields above already hold; `machado` is the
-evaluation protocol of Machado et al. 2018; `torchbeast` the one of Kuettler et al. 2019."""
+"""Named defaults. `impala` is the Atari column of Espeholt et al. 2018, which the fields above already hold;
+`machado` is the protocol of Machado et al. 2018; `torchbeast` the setting of Kuettler et al. 2019."""
 
 ALIASES: Mapping[str, str] = {
     "env": "env.id",
@@ -348,7 +350,7 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     try:  # JSON mode: strict about types, yet lists become tuples and strings become paths
         return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_explain(detail, values) for detail in error.errors(include_url=False)]
+        lines = [_explain(detail) for detail in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
     except TypeError as error:
         raise ConfigError(f"a value is not plain data: {error}") from None
@@ -377,7 +379,9 @@ def _leaves(section: type[Section], prefix: str = "") -> dict[str, tuple[Any, An
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             leaves |= _leaves(field.annotation, f"{prefix}{name}.")
         else:
-            annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            annotation: Any = (
+                Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+            )
             leaves[prefix + name] = (annotation, field.default, field.description or "")
     return leaves
 
@@ -389,7 +393,9 @@ class _YamlLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -412,7 +418,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"configuration file {path}: holds {values!r}; allowed is a mapping of keys to values")
+        raise ConfigError(
+            f"configuration file {path}: holds {values!r}; allowed is a mapping of keys to values"
+        )
     return values
 
 
@@ -426,7 +434,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _from_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """``--a.b value``, ``--a.b=value``, ``--switch`` and ``--no-switch``; dashes and underscores are the same."""
+    """``--a.b value``, ``--a.b=value``, ``--switch``, ``--no-switch``; a dash is an underscore."""
     leaves = _leaves(RunConfig)
     values: dict[str, Any] = {}
     rest = list(flags)
@@ -497,7 +505,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+def _explain(detail: ErrorDetails) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{path} = {detail['input']!r}: unknown key; {_suggest(path, _leaves(RunConfig))}"
@@ -509,10 +517,19 @@ def _explain(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
 
 
 def _allowed(detail: ErrorDetails) -> str:
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input should ")
-    return f"allowed is {message}" if detail["msg"].startswith("Input should be ") else f"it should {message}" if (
-        detail["msg"].startswith("Input should ")
-    ) else detail["msg"]
+    message = (
+        detail["msg"]
+        .removeprefix("Value error, ")
+        .removeprefix("Input should be ")
+        .removeprefix("Input should ")
+    )
+    return (
+        f"allowed is {message}"
+        if detail["msg"].startswith("Input should be ")
+        else f"it should {message}"
+        if (detail["msg"].startswith("Input should "))
+        else detail["msg"]
+    )
 
 
 def _suggest(wrong: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from services import config as configuration
 from services.ops import logging
-from services.ops.health import Heartbeat, HealthServer
+from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import ActorMetrics
 from services.ops.threads import limit_threads
@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong."""
     parser = argparse.ArgumentParser(prog="impala actor", allow_abbrev=False, add_help=True)
     parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
-    parser.add_argument("--actor-id", default=socket.gethostname(), help="name of this actor, unique in its run")
+    parser.add_argument(
+        "--actor-id", default=socket.gethostname(), help="name of this actor, unique in its run"
+    )
     parser.add_argument("--parent-pid", type=int, help="stop when this process is gone")
     arguments, flags = parser.parse_known_args(argv)
     try:
@@ -46,9 +48,9 @@ def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) 
     from services.actor.policy import Policy
     from services.actor.weights import WeightsClient
     from services.rl import precision
+    from services.rl.actions import Discrete
     from services.rl.envs import env_spec, make_vector_env
     from services.rl.networks import make_network
-    from services.rl.actions import Discrete
     from services.wire import codec
     from services.wire.messages import Client
     from services.wire.sockets import Requester, RolloutSender
@@ -79,7 +81,11 @@ def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) 
         stopping=lifecycle.stopping,
     )
     health = HealthServer(
-        config.ops.host, config.ops.port, registry, heartbeat, config.ops.liveness_timeout_s,
+        config.ops.host,
+        config.ops.port,
+        registry,
+        heartbeat,
+        config.ops.liveness_timeout_s,
         lambda: weights.trouble if weights.newest is None else None,
     )
     log.info("started", actor_id=actor_id, env=config.env.id, port=health.port)
@@ -101,14 +107,19 @@ def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) 
         metrics.weights_version.set(snapshot.version)
         half_size = config.actor.num_envs // 2
         # Seats never share an environment's seed.
-        seeds = [(config.seed * 1_000_003 + weights.seat * config.actor.num_envs + h * half_size) % 2**31 for h in (0, 1)]
+        seeds = [
+            (config.seed * 1_000_003 + weights.seat * config.actor.num_envs + h * half_size) % 2**31
+            for h in (0, 1)
+        ]
         envs = [make_vector_env(config.env, half_size, num_threads=config.actor.env_threads) for _ in seeds]
         halves = [
             Half(env, spec, config.unroll_length, actions.num_outputs, seed)
             for env, seed in zip(envs, seeds, strict=True)
         ]
         log.info("playing", seat=weights.seat, num_envs=config.actor.num_envs, policy_version=policy.version)
-        with RolloutSender(config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes) as sender:
+        with RolloutSender(
+            config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes
+        ) as sender:
             loop = ActorLoop(
                 halves=halves,
                 policy=policy,

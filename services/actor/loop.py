@@ -6,10 +6,12 @@
     may drop   the unroll in hand, when the pod stops
 
 The vector of environments plays in two halves that take turns: while one half steps, on threads or in
-processes of its own, the policy acts for the other. The halves are in step with each other, so at the first half's unroll end no
-inference is pending anywhere and the weights can be exchanged: a rollout has exactly one policy version.
+processes of its own, the policy acts for the other. The halves are in step with each other, so when the
+first one ends its unroll no inference is pending anywhere and the weights can be exchanged: a rollout has
+exactly one policy version.
 
-Beside ``learner/batch.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for rollouts.
+Beside ``learner/batch.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for
+rollouts. Every array of a rollout is its own memory, never written again, so sending needs no copy.
 Shapes: N environments of one half, T unroll length, F = frame_stack - 1 + T + 1 frames, A policy outputs.
 """
 
@@ -38,7 +40,9 @@ SEND_POLL_S = 0.25
 class Half:
     """Half of the environments, and the unroll that they are in."""
 
-    def __init__(self, env: VectorEnv, spec: EnvSpec, unroll_length: int, num_outputs: int, seed: int) -> None:
+    def __init__(
+        self, env: VectorEnv, spec: EnvSpec, unroll_length: int, num_outputs: int, seed: int
+    ) -> None:
         self.env = env
         self._spec = spec
         self._length = unroll_length

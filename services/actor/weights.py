@@ -20,7 +20,17 @@ from torch import Tensor
 from services.ops.logging import get_logger
 from services.wire import codec
 from services.wire.codec import WireError
-from services.wire.messages import NO_SEAT, NO_VERSION, Client, Goodbye, Pull, Refusal, RunState, Weights
+from services.wire.messages import (
+    NO_SEAT,
+    NO_VERSION,
+    Buffer,
+    Client,
+    Goodbye,
+    Pull,
+    Refusal,
+    RunState,
+    Weights,
+)
 from services.wire.sockets import Requester
 
 POLL_S = 0.25
@@ -107,7 +117,7 @@ class WeightsClient:
                 self._trouble("parameter server does not answer")
                 return
 
-    def _take(self, frames: list[codec.Buffer]) -> None:
+    def _take(self, frames: list[Buffer]) -> None:
         try:
             reply = codec.decode(frames, self._expected)
             if isinstance(reply, Refusal):
@@ -116,7 +126,7 @@ class WeightsClient:
             elif isinstance(reply, Weights):
                 self._accept(reply)
             else:
-                raise WireError("malformed", f"{type(reply).__name__} where Weights belong")
+                self._trouble(f"unusable reply: {type(reply).__name__}")
         except (WireError, SafetensorError) as error:
             self._trouble(f"unusable reply: {error}")
             self._stopping.wait(REFUSED_PAUSE_S * random.uniform(0.5, 1.5))

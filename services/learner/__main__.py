@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from services import config as configuration
 from services.ops import logging
-from services.ops.health import Heartbeat, HealthServer
+from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import LearnerMetrics
 from services.ops.threads import limit_threads
@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong, 3 the training diverged."""
     parser = argparse.ArgumentParser(prog="impala learner", allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
-    parser.add_argument("--learner-id", default=socket.gethostname(), help="name of this learner, unique in its run")
+    parser.add_argument(
+        "--learner-id", default=socket.gethostname(), help="name of this learner, unique in its run"
+    )
     parser.add_argument("--parent-pid", type=int, help="stop when this process is gone")
     arguments, flags = parser.parse_known_args(argv)
     try:
@@ -51,13 +53,13 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
     from services.learner.loop import LearnerLoop
     from services.learner.publisher import Publisher, WeightsCopier, tensors_of
     from services.learner.report import Episodes, Reporter
-    from services.learner.trainer import Trainer, TrainingDiverged
+    from services.learner.trainer import Trainer, TrainingDivergedError
     from services.rl import precision
     from services.rl.actions import Discrete
     from services.rl.envs import env_spec
     from services.rl.networks import make_network
     from services.wire import codec
-    from services.wire.messages import Client
+    from services.wire.messages import Client, RunState
     from services.wire.sockets import Requester, RolloutReceiver
 
     logging.setup("learner", config.ops.log_level)
@@ -70,8 +72,8 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
     schema = rollout_schema(spec, actions, config.unroll_length)
     if message_bytes(schema) > config.wire.max_message_bytes:
         raise ValueError(
-            f"wire.max_message_bytes = {config.wire.max_message_bytes}: a rollout of {config.env.id} can never "
-            f"arrive; allowed is at least {message_bytes(schema)}"
+            f"wire.max_message_bytes = {config.wire.max_message_bytes}: a rollout of {config.env.id} can "
+            f"never arrive; allowed is at least {message_bytes(schema)}"
         )
     group = Group()
     trainer = Trainer(
@@ -115,7 +117,8 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
         stopping=lifecycle.stopping,
     )
     # Killed between two checkpoints? The parameter server has every version since: nothing rolls back.
-    newer = publisher.fetch_newer(trainer.version if restored else -1, FIND_NEWER_S)
+    state: RunState = "complete" if trainer.complete else "training"
+    newer = publisher.fetch_newer(trainer.version, trainer.steps, state, FIND_NEWER_S)
     if newer is not None:
         trainer.load(tensors_of(newer))
         trainer.version, trainer.steps = newer.version, newer.steps
@@ -139,9 +142,7 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
     )
     intake = Intake(
         receiver=receiver,
-        expected=codec.Expected(
-            run_id=config.run_id, max_message_bytes=message_bytes(schema), schema=schema
-        ),
+        expected=codec.Expected(run_id=config.run_id, max_message_bytes=message_bytes(schema), schema=schema),
         queue=queue,
         freshness=freshness,
         on_episode=episodes.add,
@@ -160,7 +161,11 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
         stopping=lifecycle.stopping,
     )
     health = HealthServer(
-        config.ops.host, config.ops.port, registry, heartbeat, config.ops.liveness_timeout_s,
+        config.ops.host,
+        config.ops.port,
+        registry,
+        heartbeat,
+        config.ops.liveness_timeout_s,
         lambda: publisher.trouble,
     )
     threads = [
@@ -168,7 +173,9 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
         lifecycle.thread("batcher", batcher.run),
     ]
     publishing = lifecycle.thread("publisher", publisher.run)
-    reporter = Reporter(run_dir=config.run_dir, frame_skip=spec.frame_skip, metrics=metrics)
+    reporter = Reporter(
+        run_dir=config.run_dir, task=config.env.id, frame_skip=spec.frame_skip, metrics=metrics
+    )
     loop = LearnerLoop(
         trainer=trainer,
         batcher=batcher,
@@ -187,7 +194,7 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
     )
     try:
         loop.run()
-    except TrainingDiverged as error:
+    except TrainingDivergedError as error:
         log.error("training_diverged", reason=error)
         lifecycle.stop("training diverged", DIVERGED)
     except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
@@ -216,7 +223,8 @@ def resolve_device(name: str) -> "torch.device":  # type: ignore[name-defined]  
         raise ValueError(f"learner.device = {name!r}: allowed are auto, cpu, cuda and cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"learner.device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; allowed is cpu"
+            f"learner.device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "allowed is cpu"
         )
     return device
 

@@ -12,12 +12,12 @@ before it. The files hold tensors and plain values only and are read with ``weig
 from __future__ import annotations
 
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251  (what torch.load raises for a file that is none of its own)
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint in this file, on the CPU; CheckpointError if it is not a whole one of ours."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"checkpoint {path}: damaged or not a checkpoint ({first_line})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -81,7 +81,7 @@ class CheckpointStore:
         self._best_return = float("-inf")
 
     def latest(self, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
-        """The newest usable checkpoint, if any; ``accept`` raises ValueError for one that does not fit the run."""
+        """The newest usable checkpoint, if any; ``accept`` raises ValueError for one that does not fit."""
         best = self._directory / "best.pt"
         if best.exists():
             self._best_return = _mean_return_or_worst(best)

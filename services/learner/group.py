@@ -27,4 +27,4 @@ class Group:
 
     def average(self, gradients: Sequence[Tensor]) -> None:
         """In place, over all members, so that a change of the world's size does not change the scale."""
-        assert self.world_size == 1 and gradients is not None
+        assert self.world_size == 1, f"{self.world_size} members, {len(gradients)} gradients"

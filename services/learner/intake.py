@@ -19,7 +19,7 @@ from services.ops.logging import get_logger
 from services.ops.metrics import LearnerMetrics
 from services.wire import codec
 from services.wire.codec import WireError
-from services.wire.messages import Episode, Rollout
+from services.wire.messages import Buffer, Episode, Rollout
 from services.wire.sockets import RolloutReceiver
 
 POLL_S = 0.25
@@ -82,7 +82,7 @@ class Intake:
         expected: codec.Expected,
         queue: RolloutQueue,
         freshness: Freshness,
-        on_episode: Callable[[int, Episode], None],
+        on_episode: Callable[[Episode], None],
         count_gaps: bool,
         metrics: LearnerMetrics,
         stopping: threading.Event,
@@ -104,20 +104,21 @@ class Intake:
             if frames is not None:
                 self.take_in(frames)
 
-    def take_in(self, frames: list[codec.Buffer]) -> None:
+    def take_in(self, frames: list[Buffer]) -> None:
         """One message: queue it, or count why not."""
         self._metrics.received_bytes.inc(codec.size_bytes(frames))
         try:
             rollout = codec.decode(frames, self._expected)
-            if not isinstance(rollout, Rollout):
-                raise WireError("malformed", f"{type(rollout).__name__} where a Rollout belongs")
         except WireError as error:
             self.refuse(error)
+            return
+        if not isinstance(rollout, Rollout):
+            self.refuse(WireError("malformed", f"{type(rollout).__name__} where a Rollout belongs"))
             return
         if self._sequences is not None:
             self._metrics.sequence_gaps.inc(self._sequences.gap(rollout))
         for episode in rollout.episodes:
-            self._on_episode(rollout.task, episode)
+            self._on_episode(episode)
         if self._freshness.stale(rollout):
             self._metrics.rollouts.labels("stale").inc()
             return

@@ -3,7 +3,7 @@
     consumes   the trainer's weights, copied on the device when ``offer`` is called
     produces   ``Publish`` messages of safetensors bytes
     waits for  the parameter server's answer
-    may drop   versions: while one is on its way, newer ones are not even copied; the last one is never dropped
+    may drop   versions: while one is on its way, newer ones are not even copied; never the last one
 
 Between versions it keeps asking what the server holds, so a restarted server gets the weights again. Beside
 ``actor/weights.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for weights.
@@ -25,6 +25,7 @@ from services.wire import codec
 from services.wire.codec import WireError
 from services.wire.messages import (
     NO_VERSION,
+    Buffer,
     Client,
     Message,
     Publish,
@@ -55,7 +56,7 @@ class _Edition:
 
 
 class WeightsCopier:
-    """Copies a network's weights to the host without stopping the device: pinned memory, a stream of its own."""
+    """Copies weights to the host without stopping the device: pinned memory, a stream of its own."""
 
     def __init__(self, network: nn.Module) -> None:
         self._tensors = dict(network.state_dict())
@@ -114,7 +115,7 @@ class Publisher:
         """In a few words why nothing can be published, or None."""
 
     def offer(self, version: int, steps: int, state: RunState, wait_s: float = 0.0) -> bool:
-        """Publish the weights as they are now. False, at once or after ``wait_s``, if one is still on its way."""
+        """Publish the weights as they are now. False, after ``wait_s``, if others are still on their way."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._offered is None, wait_s):
                 return False
@@ -128,12 +129,12 @@ class Publisher:
         with self._changed:
             return self._changed.wait_for(lambda: self._held >= version, timeout_s)
 
-    def fetch_newer(self, version: int, timeout_s: float) -> Weights | None:
-        """Weights that the server holds and that are newer than ours; None if there are none, or no server."""
+    def fetch_newer(self, version: int, steps: int, state: RunState, timeout_s: float) -> Weights | None:
+        """Weights that the server holds and that are newer than ours; None if none are, or no server is."""
         deadline_s = time.monotonic() + timeout_s
+        ours = _Edition(version=version, steps=steps, state=state, payload=b"")
         with self._connect() as requester:
-            announce = self._publish(_Edition(version=max(0, version), steps=0, state="training", payload=b""), False)
-            answer = self._ask(requester, announce, deadline_s)
+            answer = self._ask(requester, self._publish(ours, with_payload=False), deadline_s)
             if not isinstance(answer, Published) or answer.version <= version:
                 return None
             pull = Pull(run_id=self._expected.run_id, sender=self._client, have_version=version, seats_for=())
@@ -145,23 +146,29 @@ class Publisher:
         with self._connect() as requester:
             while not self._stopping.is_set():
                 with self._changed:
-                    self._changed.wait_for(lambda: self._offered is not None or self._stopping.is_set(), ANNOUNCE_S)
+                    self._changed.wait_for(
+                        lambda: self._offered is not None or self._stopping.is_set(), ANNOUNCE_S
+                    )
                     offered = self._offered
                 if offered is not None:
                     version, steps, state = offered
-                    self._edition = _Edition(version=version, steps=steps, state=state, payload=self._copier.finish())
+                    self._edition = _Edition(
+                        version=version, steps=steps, state=state, payload=self._copier.finish()
+                    )
                     with self._changed:
                         self._offered = None
                         self._changed.notify_all()
                     self._send(requester, self._edition, with_payload=True)
-                elif self._edition is not None:
-                    if self._send(requester, self._edition, with_payload=False) < self._edition.version:
-                        self._send(requester, self._edition, with_payload=True)
+                elif self._edition is not None and self._is_missing(requester, self._edition):
+                    self._send(requester, self._edition, with_payload=True)
 
     def wake(self) -> None:
         """Make ``run`` look at ``stopping`` now."""
         with self._changed:
             self._changed.notify_all()
+
+    def _is_missing(self, requester: Requester, edition: _Edition) -> bool:
+        return self._send(requester, edition, with_payload=False) < edition.version
 
     def _send(self, requester: Requester, edition: _Edition, with_payload: bool) -> int:
         """The version that the server holds afterwards, as far as we know."""
@@ -196,7 +203,7 @@ class Publisher:
                 self._trouble("parameter server does not answer")
                 return None
 
-    def _open(self, frames: list[codec.Buffer]) -> Message | None:
+    def _open(self, frames: list[Buffer]) -> Message | None:
         try:
             answer = codec.decode(frames, self._expected)
         except WireError as error:

@@ -35,7 +35,7 @@ class Episodes:
         self._since_report: list[Episode] = []
         self._total = 0
 
-    def add(self, task: int, episode: Episode) -> None:
+    def add(self, episode: Episode) -> None:
         """One more."""
         with self._lock:
             self._recent.append(episode)
@@ -71,6 +71,7 @@ class Reporter:
         self,
         *,
         run_dir: Path,
+        task: str,
         frame_skip: int,
         metrics: LearnerMetrics,
         clock: Callable[[], float] = time.monotonic,
@@ -78,6 +79,7 @@ class Reporter:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
+        self._task = task
         self._frame_skip = frame_skip
         self._metrics = metrics
         self._clock = clock
@@ -124,7 +126,10 @@ class Reporter:
             "rho_clipped_ratio": figures.rho_clipped_ratio,
             "nonfinite_updates": figures.nonfinite_updates,
         }
-        line = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in line.items()}
+        line = {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in line.items()
+        }
         self._since_s, self._steps_before, self._lags, self._waited_s = now_s, steps, [], 0.0
         self._to_prometheus(line)
         try:
@@ -152,8 +157,8 @@ class Reporter:
             self._metrics.learning_rate: "learning_rate",
         }
         if line["episode_return"] is not None:
-            gauges[self._metrics.episode_return.labels("0")] = "episode_return"
-            gauges[self._metrics.episode_length.labels("0")] = "episode_length"
+            gauges[self._metrics.episode_return.labels(self._task)] = "episode_return"
+            gauges[self._metrics.episode_length.labels(self._task)] = "episode_length"
         for gauge, key in gauges.items():
             value = line[key]
             if value is not None:

@@ -23,7 +23,7 @@ from services.rl.losses import Experience, impala_loss
 from services.rl.networks import ActorCritic
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDivergedError(RuntimeError):
     """Too many updates in a row had a gradient that is not finite."""
 
 
@@ -149,7 +149,7 @@ class Trainer:
             config=self._config.loss,
         )
         self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.total.backward()
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._group.average(gradients)
         grad_norm, finite = clip_or_zero(gradients, self._config.optimiser.max_grad_norm)
@@ -159,7 +159,15 @@ class Trainer:
         self.version += 1
         self.steps += self._config.steps_per_update * self._group.world_size
         self._remember(
-            [loss.total, loss.policy, loss.baseline, loss.entropy, loss.mean_entropy, loss.rho_clipped_ratio, grad_norm],
+            [
+                loss.total,
+                loss.policy,
+                loss.baseline,
+                loss.entropy,
+                loss.mean_entropy,
+                loss.rho_clipped_ratio,
+                grad_norm,
+            ],
             finite,
         )
 
@@ -182,10 +190,10 @@ class Trainer:
         self._pending_updates = 0
         limit = self._config.learner.max_nonfinite_updates
         if longest >= limit:
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"{longest} updates in a row had a gradient that is not finite, at version {self.version} "
                 f"(learner.max_nonfinite_updates = {limit}); lower optimiser.learning_rate = "
-                f"{self._config.optimiser.learning_rate}, or check the rewards of env.id = {self._config.env.id}"
+                f"{self._config.optimiser.learning_rate} or look at the rewards of {self._config.env.id}"
             )
         return Figures(
             updates=updates,
@@ -216,10 +224,10 @@ def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.o
 
 
 def clip_or_zero(gradients: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale to the global norm ``max_norm`` in place, or to zero if not finite: (norm before, whether finite).
+    """Scale in place to the global norm ``max_norm``, or to zero: (norm before, whether it was finite).
 
-    Without a round trip to the device there is no branch, so a bad update is one with a zero gradient: without
-    momentum no weight moves.
+    Without a round trip to the device there is no branch, so a bad update is one with a zero gradient:
+    without momentum no weight moves.
     """
     norm = torch.nn.utils.get_total_norm(gradients)
     finite = torch.isfinite(norm)

@@ -8,6 +8,6 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUME
 
 
 def limit_threads(count: int) -> None:
-    """Libraries read these when they load. Left alone, each takes every core, and pods on one node collide."""
+    """Libraries read these when they load. Left alone, each takes every core, and pods collide."""
     for variable in VARIABLES:
         os.environ[variable] = str(count)

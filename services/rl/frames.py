@@ -1,4 +1,4 @@
-"""Frame stacking. Single frames travel on the wire; the actor and the learner stack them with this very function."""
+"""Frame stacking. Single frames travel on the wire; actor and learner stack them with this very function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def stack_frames(frames_FN: Tensor, episode_start_FN: Tensor, num_frames: int) -
     layout that convolutions want: no transpose follows.
     """
     length = frames_FN.shape[0] - num_frames + 1
-    assert length >= 1 and episode_start_FN.shape == frames_FN.shape[:2], (frames_FN.shape, episode_start_FN.shape)
+    assert length >= 1 and episode_start_FN.shape == frames_FN.shape[:2], (
+        frames_FN.shape,
+        episode_start_FN.shape,
+    )
     if num_frames == 1:
         return frames_FN.unsqueeze(-1)
     stacked = frames_FN.new_empty(length, *frames_FN.shape[1:], num_frames)

@@ -1,4 +1,4 @@
-"""Which number format a network runs in on this machine. Speed only: losses and optimisers are always float32."""
+"""Which number format a network runs in here. Speed only: losses and optimisers are always float32."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ def resolve(precision: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+            native = bool(
+                torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001  (there is no public question)
+                or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+            )
         return torch.bfloat16 if native else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]

@@ -41,7 +41,9 @@ def vtrace(
     nothing flows across it, so v = V there and a truncated episode bootstraps from its final observation.
     """
     for name, tensor in (("discounts", discounts_TB), ("rewards", rewards_TB), ("values", values_TB)):
-        assert tensor.shape == log_rhos_TB.shape, f"{name}: {tensor.shape} against log_rhos {log_rhos_TB.shape}"
+        assert tensor.shape == log_rhos_TB.shape, (
+            f"{name}: {tensor.shape} against log_rhos {log_rhos_TB.shape}"
+        )
     assert bootstrap_value_B.shape == log_rhos_TB.shape[1:], bootstrap_value_B.shape
 
     rhos_TB = log_rhos_TB.exp()

@@ -70,7 +70,7 @@ class Expected:
     """Of rollouts; who passes none accepts no rollouts."""
 
 
-# --- arrays -----------------------------------------------------------------------------------------------------
+# --- arrays ---------------------------------------------------------------------------------------
 
 
 class Packer:
@@ -81,7 +81,7 @@ class Packer:
         self._zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
 
     def pack(self, array: NDArray[Any]) -> PackedArray:
-        """Byte arrays are compressed; all others travel as they are, without a copy if they are contiguous."""
+        """Byte arrays are compressed; others travel as they are, without a copy if they are contiguous."""
         contiguous = np.ascontiguousarray(array)
         data: Buffer = contiguous.reshape(-1).view(np.uint8).data
         codec: Codec = self.codec if array.dtype == np.uint8 else "none"
@@ -97,7 +97,7 @@ class Unpacker:
         self._zstd = zstandard.ZstdDecompressor()
 
     def unpack_into(self, packed: PackedArray, out: NDArray[Any]) -> None:
-        """Fill ``out``, which has the array's dtype and shape and is contiguous; WireError if it does not fit."""
+        """Fill ``out``, contiguous and of the array's dtype and shape; WireError if the data does not fit."""
         assert out.flags.c_contiguous and out.shape == packed.shape and out.dtype.name == packed.dtype
         if packed.codec == "none":
             np.copyto(out, view(packed))
@@ -117,7 +117,9 @@ class Unpacker:
         except (zstandard.ZstdError, ValueError, MemoryError) as error:
             raise WireError("corrupt", f"zstd: {error}") from None
         if written != target.nbytes or longer:
-            raise WireError("corrupt", f"zstd: {'more' if longer else written} bytes where {target.nbytes} were announced")
+            raise WireError(
+                "corrupt", f"zstd: {'more' if longer else written} bytes where {target.nbytes} were announced"
+            )
 
 
 def view(packed: PackedArray) -> NDArray[Any]:
@@ -131,7 +133,7 @@ def size_bytes(frames: Sequence[Buffer]) -> int:
     return sum(memoryview(frame).nbytes for frame in frames)
 
 
-# --- encoding ---------------------------------------------------------------------------------------------------
+# --- encoding -------------------------------------------------------------------------------------
 
 
 def encode(message: Message) -> list[Buffer]:
@@ -179,7 +181,7 @@ def _frames(kind: str, fields: list[Any], *buffers: Buffer) -> list[Buffer]:
     return [msgpack.packb([PROTOCOL_VERSION, kind, fields]), *buffers]
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
@@ -251,10 +253,12 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
 
 def _open_header(frame: Buffer) -> tuple[str, list[Any]]:
     if memoryview(frame).nbytes > MAX_HEADER_BYTES:
-        raise WireError("malformed", f"header of {memoryview(frame).nbytes} bytes; allowed are {MAX_HEADER_BYTES}")
+        raise WireError(
+            "malformed", f"header of {memoryview(frame).nbytes} bytes; allowed are {MAX_HEADER_BYTES}"
+        )
     try:
         header = msgpack.unpackb(frame, ext_hook=_no_extension)
-    except Exception as error:  # msgpack raises its own tree, ValueError, UnicodeDecodeError, RecursionError
+    except Exception as error:  # noqa: BLE001  (msgpack has its own tree beside ValueError, RecursionError, ...)
         raise WireError("malformed", f"header: {type(error).__name__}") from None
     if not isinstance(header, list) or len(header) != 3 or not isinstance(header[0], int):
         raise WireError("malformed", "header is not [protocol version, kind, fields]")
@@ -262,13 +266,15 @@ def _open_header(frame: Buffer) -> tuple[str, list[Any]]:
     if kind == "refusal" and isinstance(fields, list):
         return kind, fields  # readable across versions, or a mismatch could not be explained
     if version != PROTOCOL_VERSION:
-        raise WireError("protocol", f"the peer speaks protocol {version}, this is protocol {PROTOCOL_VERSION}")
+        raise WireError(
+            "protocol", f"the peer speaks protocol {version}, this is protocol {PROTOCOL_VERSION}"
+        )
     if not isinstance(kind, str) or not isinstance(fields, list):
         raise WireError("malformed", "header is not [protocol version, kind, fields]")
     return kind, fields
 
 
-def _no_extension(code: int, data: bytes) -> None:
+def _no_extension(_code: int, _data: bytes) -> None:
     raise ValueError("msgpack extension types are not used")
 
 
@@ -285,7 +291,9 @@ def _rollout(fields: list[Any], buffers: list[memoryview], expected: Expected) -
         name = entry[0]
         spec = expected.schema.get(name)
         if spec is None or name in packed:
-            raise WireError("schema", f"array {name!r:.80}; allowed, once each, are {', '.join(expected.schema)}")
+            raise WireError(
+                "schema", f"array {name!r:.80}; allowed, once each, are {', '.join(expected.schema)}"
+            )
         packed[name] = _array(name, entry, data, spec)
     return Rollout(
         run_id=run_id,
@@ -329,8 +337,12 @@ def _check_values(name: str, packed: PackedArray, spec: ArraySpec) -> None:
     elif spec.low is not None or spec.high is not None:
         array = view(packed)
         low, high = spec.low, spec.high
-        if array.size and ((low is not None and array.min() < low) or (high is not None and array.max() > high)):
-            raise WireError("schema", f"{name} holds {array.min()} to {array.max()}; allowed are {low} to {high}")
+        if array.size and (
+            (low is not None and array.min() < low) or (high is not None and array.max() > high)
+        ):
+            raise WireError(
+                "schema", f"{name} holds {array.min()} to {array.max()}; allowed are {low} to {high}"
+            )
 
 
 def _take(fields: list[Any], count: int) -> list[Any]:

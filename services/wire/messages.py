@@ -86,7 +86,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
-    """"Anything newer than this version?" Held open until there is, or until the server's patience ends."""
+    """ "Anything newer than this version?" Held open until there is, or until the server's patience ends."""
 
     run_id: str
     sender: Client
@@ -129,7 +129,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What the parameter server holds after a ``Publish``. A new incarnation may hold less than its learner."""
+    """What the parameter server holds after a ``Publish``. A restarted one may hold less than its learner."""
 
     run_id: str
     server_incarnation: int

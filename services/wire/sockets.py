@@ -1,15 +1,14 @@
 """The only place that imports zmq: four sockets, what each may block on, and what each may drop.
 
-| socket | used by | blocks | drops |
-| --- | --- | --- | --- |
-| RolloutSender (PUSH) | actor | when every learner's queue is full: backpressure, counted by the caller | what is unsent when the process ends |
-| RolloutReceiver (PULL) | learner | never longer than its timeout | nothing; what it does not read, actors keep |
-| Requester (DEALER) | actor, learner, relay | never longer than its timeout | a reply that comes after it gave up |
-| Replier (ROUTER) | parameter server | never longer than its timeout | a reply to a client that is gone |
+    RolloutSender    PUSH    the actor's. Blocks, up to its timeout, while every learner's queue is full: that
+                             is the backpressure, and the caller counts it. Drops what is unsent at its end.
+    RolloutReceiver  PULL    a learner's. Drops nothing; what it does not read stays with the actors.
+    Requester        DEALER  of actors, learners and relays. Drops a reply that comes after it was closed.
+    Replier          ROUTER  the parameter server's. Drops a reply to a client that is gone or does not read.
 
-Queues are counted in messages and kept at one or two: every rollout that waits in a buffer is policy lag.
-All sockets heartbeat and reconnect by themselves, because pods come back under new addresses. A socket
-belongs to the thread that uses it.
+None blocks longer than its timeout. Queues are counted in messages and kept at one or two: every rollout
+that waits in a buffer is policy lag. All sockets heartbeat and reconnect by themselves, because pods come
+back under new addresses. A socket belongs to the thread that uses it.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ class Requester(_Socket):
 
 
 class Replier(_Socket):
-    """The parameter server's side. ``peer`` names a connection, not a client: a client that reconnects is a new peer."""
+    """The parameter server's side. ``peer`` is a connection: a client that reconnects is a new peer."""
 
     def __init__(self, endpoint: str, max_message_bytes: int) -> None:
         super().__init__(zmq.ROUTER, max_message_bytes)

@@ -75,10 +75,16 @@ def _custom(name: str) -> Callable[[EnvSpec, NetworkConfig], Torso]:
     module, colon, attribute = name.partition(":")
     if not colon:
         close = difflib.get_close_matches(name, [*TORSOS, "auto"], n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed are auto, {', '.join(TORSOS)} or package.module:factory"
+        hint = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"allowed are auto, {', '.join(TORSOS)} or package.module:factory"
+        )
         raise ValueError(f"network.name = {name!r}: {hint}")
     try:
-        factory: Callable[[EnvSpec, NetworkConfig], Torso] = getattr(importlib.import_module(module), attribute)
+        factory: Callable[[EnvSpec, NetworkConfig], Torso] = getattr(
+            importlib.import_module(module), attribute
+        )
     except (ImportError, AttributeError) as error:
         raise ValueError(f"network.name = {name!r}: {error}") from None
     return factory

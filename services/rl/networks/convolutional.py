@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from services.config import NetworkConfig
@@ -19,10 +20,11 @@ from services.rl.networks.torso import Torso
 
 
 class PixelConv2d(nn.Conv2d):
-    """A convolution over bytes 0..255 read as 0..1: the factor is in the weights, so no pass over the pixels."""
+    """A convolution over bytes 0..255 read as 0..1: the factor is in the weights, not a pass over pixels."""
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self._conv_forward(pixels, self.weight * (1.0 / 255.0), self.bias)
+        weight = self.weight * (1.0 / 255.0)
+        return F.conv2d(pixels, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class ConvTorso(Torso):
@@ -41,7 +43,11 @@ class ConvTorso(Torso):
         for out_channels, kernel, stride in layers:
             convolution = nn.Conv2d if self.convolutions else PixelConv2d
             self.convolutions.append(convolution(channels, out_channels, kernel, stride))
-            channels, height, width = out_channels, (height - kernel) // stride + 1, (width - kernel) // stride + 1
+            channels, height, width = (
+                out_channels,
+                (height - kernel) // stride + 1,
+                (width - kernel) // stride + 1,
+            )
             if min(height, width) < 1:
                 raise ValueError(
                     f"network.name: frames of {list(spec.observation_shape)} are too small for this network; "
@@ -50,9 +56,9 @@ class ConvTorso(Torso):
         self.linear = nn.Linear(channels * height * width, num_features)
         self.num_features = num_features
         for module in (*self.convolutions, self.linear):
-            nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))  # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        self.to(memory_format=torch.channels_last)
+            nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
+            nn.init.zeros_(module.bias)
+        torch.nn.Module.to(self, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, frames: Tensor) -> Tensor:
         # uint8 [N, H, W, stack] viewed as a channels-last [N, stack, H, W]; 0..255 is exact in bfloat16.
@@ -65,11 +71,11 @@ class ConvTorso(Torso):
         return torch.relu(self.linear(x.flatten(1)))
 
 
-def shallow(spec: EnvSpec, config: NetworkConfig) -> Torso:
+def shallow(spec: EnvSpec, _config: NetworkConfig) -> Torso:
     """Two convolutions and 256 features."""
     return ConvTorso(spec, [(16, 8, 4), (32, 4, 2)], 256)
 
 
-def nature(spec: EnvSpec, config: NetworkConfig) -> Torso:
+def nature(spec: EnvSpec, _config: NetworkConfig) -> Torso:
     """Three convolutions and 512 features."""
     return ConvTorso(spec, [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512)
