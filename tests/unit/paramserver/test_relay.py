@@ -1,0 +1,335 @@
+"""Relays, without sockets: seats and weights come from further up, and survive its absence."""
+
+import pytest
+
+from services.paramserver.relay import RETRY_S
+from services.wire.codec import decode, encode
+from services.wire.messages import Goodbye, Pull, Refusal, Weights
+from tests.unit.paramserver.harness import (
+    EXPECTED,
+    HOLD_S,
+    LEASE_S,
+    Node,
+    client,
+    connect,
+    cross,
+    only,
+    publish,
+    pull,
+    relay,
+    root,
+)
+
+A, B = client("a"), client("b")
+
+
+def pass_time(seconds: float, *nodes: Node) -> None:
+    for node in nodes:
+        node.pass_time(seconds)
+
+
+def sent_up(node: Node) -> list[Pull | Goodbye]:
+    """What the relay wants to send upstream now."""
+    assert node.relay is not None
+    messages = [decode(cross(frames), EXPECTED) for frames in node.relay.requests(node.now_s)]
+    return [message for message in messages if isinstance(message, Pull | Goodbye)]
+
+
+def pulled(node: Node) -> Pull:
+    (message,) = sent_up(node)
+    assert isinstance(message, Pull)
+    return message
+
+
+def answer(
+    node: Node, request: Pull, version: int = 1, seats: tuple[int, ...] = (), **others: object
+) -> None:
+    """Upstream answers ``request``."""
+    assert node.relay is not None
+    weights = Weights(
+        run_id=run_id,
+        server_incarnation=1,
+        state="training",
+        version=version,
+        steps=max(version, 0) * 640,
+        seats=seats,
+        payload=b"weights" if version > request.have_version else None,
+        request=request.request,
+    )
+    node.note(node.relay.handle(cross(encode(weights)), node.now_s))
+
+
+def refuse(node: Node) -> None:
+    assert node.relay is not None
+    frames = encode(Refusal(reason="protocol", text="the peer speaks protocol 1, this is protocol 2"))
+    node.note(node.relay.handle(cross(frames), node.now_s))
+
+
+def test_weights_state_and_steps_reach_the_relays_clients_the_moment_they_are_published() -> None:
+    above, below = root(), relay()
+    connect(below, above)
+    assert below.pull(b"E", pull(client("eval"), wants_seat=False)) is None
+    above.publish(publish(1, b"one"))
+    connect(below, above)
+    weights = only(Weights, below.take(b"E"))
+    assert (weights.version, weights.steps, weights.state) == (1, 640, "training")
+    assert (weights.payload, weights.server_incarnation) == (b"one", 88)
+    below.pull(b"E", pull(client("eval"), 1, wants_seat=False))
+    above.publish(publish(1, None, state="complete"))
+    connect(below, above)
+    assert only(Weights, below.take(b"E")).state == "complete"
+
+
+def test_a_newcomer_gets_its_seat_when_upstream_has_answered_and_not_before() -> None:
+    above, below = root(), relay()
+    above.pull(b"other", pull(client("other")))
+    connect(below, above)
+    assert below.pull(b"A", pull(A)) is None
+    connect(below, above)
+    assert only(Weights, below.take(b"A")).seats == (1,)
+
+
+def test_seats_are_unique_across_relays() -> None:
+    above, left, right = root(), relay("left"), relay("right")
+    for node, peer, who in [(left, b"L", A), (right, b"R", B)]:
+        node.pull(b"1", pull(who))
+        connect(node, above, peer)
+    assert only(Weights, left.take(b"1")).seats == (0,)
+    assert only(Weights, right.take(b"1")).seats == (1,)
+
+
+def test_a_newcomer_who_finds_weights_gets_them_at_once_and_its_seat_later() -> None:
+    above, below = root(), relay()
+    above.publish(publish(1))
+    connect(below, above)
+    first = below.pull(b"A", pull(A))
+    assert first is not None
+    assert (first.seats, first.payload) == ((-1,), b"weights")
+    assert below.pull(b"A", pull(A, 1)) is None
+    connect(below, above)
+    assert only(Weights, below.take(b"A")).seats == (0,)
+
+
+def test_many_who_arrive_while_upstream_is_asked_share_the_next_request() -> None:
+    below = relay()
+    answer(below, pulled(below))
+    below.pull(b"A", pull(A, 1))
+    first = pulled(below)
+    for i in range(50):
+        below.pull(f"{i}".encode(), pull(client(f"c{i}"), 1))
+    assert sent_up(below) == []
+    answer(below, first, seats=(0,))
+    second = pulled(below)
+    assert len(second.seats_for) == 51
+    assert second.seats_for[0] == client("a", seat=0)
+
+
+def test_a_newcomer_does_not_wait_for_the_open_long_poll_to_end() -> None:
+    below = relay()
+    answer(below, pulled(below))
+    open_request = pulled(below)
+    below.pull(b"A", pull(A, 1))
+    newer = pulled(below)
+    assert newer.request == open_request.request + 1
+    assert newer.seats_for == (A,)
+
+
+def test_the_answer_to_a_replaced_request_brings_weights_but_its_seats_are_not_misread() -> None:
+    below = relay()
+    below.pull(b"A", pull(A))
+    first = pulled(below)
+    answer(below, first, version=-1, seats=(0,))
+    assert only(Weights, below.take(b"A")).seats == (0,)
+    replaced = pulled(below)
+    below.goodbye(b"A", A)
+    below.pull(b"B", pull(B))
+    goodbye, newer = sent_up(below)
+    assert isinstance(goodbye, Goodbye)
+    assert isinstance(newer, Pull)
+    answer(below, replaced, version=1, seats=(0,))  # a's seat, which must not become b's
+    weights = only(Weights, below.take(b"B"))
+    assert (weights.version, weights.seats) == (1, (-1,))
+    assert below.pull(b"B", pull(B, 1)) is None
+    answer(below, newer, version=1, seats=(4,))
+    assert only(Weights, below.take(b"B")).seats == (4,)
+
+
+def test_the_relays_requests_keep_its_clients_leases_alive_upstream() -> None:
+    above, below = root(), relay()
+    below.pull(b"A", pull(A))
+    connect(below, above)
+    below.take(b"A")
+    for _ in range(40):
+        below.pull(b"A", pull(client("a", seat=0)))
+        pass_time(HOLD_S, above, below)
+        connect(below, above)
+        assert only(Weights, below.take(b"A")).seats == (0,)
+    assert above.count("seats") == 1
+
+
+def test_a_goodbye_at_a_relay_frees_the_seat_upstream_at_once() -> None:
+    above, below = root(), relay()
+    below.pull(b"A", pull(A))
+    connect(below, above)
+    below.take(b"A")
+    below.goodbye(b"A", client("a", seat=0))
+    connect(below, above)
+    pass_time(0.0, above, below)
+    assert (above.count("seats"), below.count("seats")) == (0, 0)
+    newcomer = above.pull(b"B", pull(B))
+    assert newcomer is not None
+    assert newcomer.seats == (0,)
+
+
+def test_a_silent_clients_seat_ends_upstream_one_lease_after_it_ended_at_the_relay() -> None:
+    above, below = root(), relay()
+    below.pull(b"A", pull(A))
+    connect(below, above)
+    for _ in range(2 * int(LEASE_S / HOLD_S) + 2):
+        pass_time(HOLD_S, above, below)
+        connect(below, above)
+    assert above.count("seats") == 0
+
+
+def test_after_upstreams_restart_clients_keep_their_seats_and_newcomers_get_others() -> None:
+    above, below = root(), relay()
+    for name in "ab":
+        below.pull(name.encode(), pull(client(name)))
+    connect(below, above)
+    restarted = root(incarnation=78)
+    below.pass_time(2 * HOLD_S)
+    assert connect(below, restarted) == 1
+    newcomer = restarted.pull(b"C", pull(client("c")))
+    assert newcomer is not None
+    assert newcomer.seats == (2,)
+
+
+def test_after_the_relays_restart_clients_keep_their_seats() -> None:
+    above, below = root(), relay()
+    below.pull(b"A", pull(A))
+    connect(below, above)
+    restarted = relay(incarnation=89)
+    above.pull(b"B", pull(B))
+    assert restarted.pull(b"A", pull(client("a", seat=0))) is None
+    connect(restarted, above, b"relay again")
+    assert restarted.take(b"A") == []  # nothing new for it
+    restarted.pass_time(HOLD_S)
+    assert only(Weights, restarted.take(b"A")).seats == (0,)
+
+
+def test_a_seat_that_somebody_else_got_upstream_is_replaced() -> None:
+    above, below = root(), relay()
+    above.pull(b"thief", pull(client("thief")))
+    assert below.pull(b"A", pull(client("a", seat=0))) is None
+    connect(below, above)
+    assert only(Weights, below.take(b"A")).seats == (1,)
+
+
+def test_without_upstream_a_relay_serves_what_it_has() -> None:
+    above, below = root(), relay()
+    above.publish(publish(1))
+    connect(below, above)
+    below.pass_time(1000.0)
+    weights = below.pull(b"A", pull(A))
+    assert weights is not None
+    assert weights.version == 1
+    assert below.pull(b"A", pull(A, 1)) is None
+    below.pass_time(HOLD_S)
+    assert only(Weights, below.take(b"A")).payload is None
+
+
+def test_an_upstream_that_lost_its_weights_does_not_take_away_the_relays() -> None:
+    above, below = root(), relay()
+    above.publish(publish(3))
+    connect(below, above)
+    below.pass_time(2 * HOLD_S)
+    restarted = root(incarnation=78)
+    connect(below, restarted)
+    restarted.pass_time(HOLD_S)
+    connect(below, restarted)
+    assert (below.store.snapshot.version, below.store.snapshot.state) == (3, "training")
+
+
+def test_an_unanswered_request_is_sent_again_after_twice_the_hold() -> None:
+    below = relay()
+    first = pulled(below)
+    assert below.relay is not None
+    assert below.relay.next_deadline_s() == below.now_s + 2 * HOLD_S
+    below.pass_time(2 * HOLD_S - 0.001)
+    assert sent_up(below) == []
+    below.pass_time(0.001)
+    assert pulled(below).request == first.request + 1
+
+
+def test_a_relay_whose_upstream_is_not_there_tries_again_without_spinning() -> None:
+    below = relay()
+    assert below.relay is not None
+    below.pull(b"A", pull(A))
+    pulled(below)
+    below.relay.unsent(below.now_s)
+    below.pull(b"B", pull(B))
+    assert sent_up(below) == []
+    assert below.relay.next_deadline_s() == below.now_s + RETRY_S
+    below.pass_time(RETRY_S)
+    assert pulled(below).seats_for == (A, B)
+    assert not below.relay.has_answered
+
+
+@pytest.mark.parametrize("kind", ["refusal", "garbage", "wrong run", "wrong seats"])
+def test_a_relay_asks_an_upstream_that_answers_wrongly_again_without_spinning(kind: str) -> None:
+    below = relay()
+    assert below.relay is not None
+    below.pull(b"A", pull(A))
+    request = pulled(below)
+    if kind == "refusal":
+        refuse(below)
+    elif kind == "garbage":
+        below.note(below.relay.handle([b"\xc1", b"garbage"], below.now_s))
+    elif kind == "wrong run":
+        answer(below, request, seats=(0,), run_id="other")
+    else:
+        answer(below, request, seats=(0, 1, 2))
+    assert below.take(b"A") == []
+    assert below.store.snapshot.version == -1
+    assert sent_up(below) == []
+    below.pass_time(RETRY_S)
+    assert pulled(below).seats_for == (A,)
+
+
+def test_a_relay_is_ready_once_upstream_has_answered_even_without_weights() -> None:
+    above, below = root(), relay()
+    assert below.relay is not None
+    below.pull(b"A", pull(A))
+    assert not below.relay.has_answered
+    connect(below, above)
+    assert below.relay.has_answered
+
+
+def test_a_publish_to_a_relay_is_refused_with_the_reason() -> None:
+    below = relay()
+    refusal = only(Refusal, below.ask(b"L", publish(1)))
+    assert (refusal.reason, refusal.text) == ("relay", "publish to the parameter server, not to a relay")
+    assert below.count("refused_requests_total", reason="relay") == 1
+    assert below.store.snapshot.version == -1
+
+
+def test_a_relay_of_a_relay_works() -> None:
+    above, middle, below = root(), relay("middle"), relay("below")
+    above.pull(b"other", pull(client("other")))
+    assert below.pull(b"A", pull(A)) is None
+    for _ in range(2):
+        connect(below, middle)
+        connect(middle, above)
+        connect(below, middle)
+    assert only(Weights, below.take(b"A")).seats == (1,)
+    below.pull(b"A", pull(client("a", seat=1)))
+    above.publish(publish(1, b"one"))
+    connect(middle, above)
+    connect(below, middle)
+    weights = only(Weights, below.take(b"A"))
+    assert (weights.payload, weights.seats, weights.steps) == (b"one", (1,), 640)
+    below.goodbye(b"A", client("a", seat=1))
+    connect(below, middle)
+    connect(middle, above)
+    above.pass_time(0.0)
+    assert above.count("seats") == 1  # the other one's

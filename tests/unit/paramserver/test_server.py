@@ -1,0 +1,368 @@
+"""The rules of the parameter server, without sockets: who is answered when, and with what."""
+
+import math
+from dataclasses import replace
+
+import msgpack
+import numpy as np
+import pytest
+
+from services.paramserver.server import MAX_REFUSED_PEERS, REFUSAL_INTERVAL_S
+from services.paramserver.store import Snapshot
+from services.wire.codec import REASONS, encode
+from services.wire.messages import PROTOCOL_VERSION, PackedArray, Refusal, Rollout, Weights
+from tests.unit.paramserver.harness import HOLD_S, LEASE_S, LIMIT, Node, client, only, publish, pull, root
+
+V5 = Snapshot(version=5, steps=3200, state="training", payload=b"five")
+A, B = client("a"), client("b")
+SEATED_A = client("a", seat=0)
+
+
+@pytest.fixture
+def node() -> Node:
+    """A server with version 5, and actor ``a`` in seat 0."""
+    server = root(V5)
+    assert server.pull(b"A", pull(A, 5)) is not None
+    return server
+
+
+# --- pull -------------------------------------------------------------------------------------------------
+
+
+def test_an_actor_is_told_its_seat_at_once_before_there_are_weights() -> None:
+    answer = root().pull(b"A", pull(A, request=9))
+    assert answer == Weights(
+        run_id="run",
+        server_incarnation=77,
+        state="waiting",
+        version=-1,
+        steps=0,
+        seats=(0,),
+        payload=None,
+        request=9,
+    )
+
+
+def test_a_late_joiner_gets_the_newest_weights_at_once() -> None:
+    answer = root(V5).pull(b"A", pull(A))
+    assert answer is not None
+    assert (answer.version, answer.steps, answer.state, answer.seats) == (5, 3200, "training", (0,))
+    assert answer.payload == b"five"
+
+
+def test_a_request_without_news_is_held_and_answered_without_payload_when_the_hold_ends(node: Node) -> None:
+    assert node.pull(b"A", pull(SEATED_A, 5)) is None
+    node.pass_time(math.nextafter(HOLD_S, 0) - 1e-9)
+    assert node.take(b"A") == []
+    node.pass_time(1e-6)
+    answer = only(Weights, node.take(b"A"))
+    assert (answer.version, answer.payload, answer.seats) == (5, None, (0,))
+    node.pass_time(10 * HOLD_S)
+    assert node.take(b"A") == []
+
+
+def test_a_new_version_answers_all_held_requests_with_the_very_same_buffer(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.pull(b"B", pull(client("eval"), 5, wants_seat=False))
+    node.replies.clear()
+    node.publish(publish(6))
+    answers = [reply for reply in node.replies if reply.result == "full"]
+    assert [reply.peer for reply in answers] == [b"A", b"B"]
+    assert all(reply.frames[1] is node.store.snapshot.payload for reply in answers)
+    assert only(Weights, node.take(b"A")).seats == (0,)
+    assert only(Weights, node.take(b"B")).seats == ()
+
+
+def test_whoever_has_a_version_from_the_future_is_held_until_there_is_a_newer_one(node: Node) -> None:
+    """The server lost its memory, or its snapshot is old: clients keep what they have."""
+    assert node.pull(b"A", pull(SEATED_A, 7)) is None
+    node.publish(publish(6))
+    node.publish(publish(7))
+    assert node.take(b"A") == []
+    node.publish(publish(8))
+    assert only(Weights, node.take(b"A")).version == 8
+
+
+def test_a_slow_client_skips_the_versions_it_missed(node: Node) -> None:
+    for version in (6, 7, 8):
+        node.publish(publish(version))
+    answer = node.pull(b"A", pull(SEATED_A, 5))
+    assert answer is not None
+    assert answer.version == 8
+
+
+def test_a_changed_run_state_answers_held_requests_without_payload(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.publish(publish(5, payload=None, state="complete"))
+    answer = only(Weights, node.take(b"A"))
+    assert (answer.state, answer.version, answer.payload) == ("complete", 5, None)
+    assert node.pull(b"A", pull(SEATED_A, 5)) is None
+
+
+def test_a_newer_request_of_a_peer_replaces_its_older_one(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5, request=1))
+    node.pass_time(2.0)
+    node.pull(b"A", pull(SEATED_A, 5, request=2))
+    node.pass_time(2.0)
+    assert node.take(b"A") == []
+    node.publish(publish(6))
+    assert only(Weights, node.take(b"A")).request == 2
+
+
+def test_a_seat_other_than_the_one_held_is_told_at_once(node: Node) -> None:
+    answer = node.pull(b"A", pull(client("a", seat=3), 5))
+    assert answer is not None
+    assert (answer.seats, answer.payload) == ((0,), None)
+
+
+def test_a_lost_first_answer_is_repeated_to_whoever_asks_again(node: Node) -> None:
+    again = node.pull(b"A2", pull(A, 5))
+    assert again is not None
+    assert again.seats == (0,)
+
+
+def test_after_a_restart_actors_keep_the_seats_they_claim_and_are_held(node: Node) -> None:
+    restarted = root(V5, incarnation=78)
+    assert restarted.pull(b"B", pull(client("b", seat=1), 5)) is None
+    assert restarted.pull(b"A", pull(SEATED_A, 5)) is None
+    late = restarted.pull(b"C", pull(client("c"), 5))
+    assert late is not None
+    assert (late.seats, late.server_incarnation) == ((2,), 78)
+
+
+def test_who_claims_a_seat_that_is_taken_is_told_another_one_at_once(node: Node) -> None:
+    answer = node.pull(b"B", pull(client("b", seat=0), 5))
+    assert answer is not None
+    assert answer.seats == (1,)
+
+
+def test_in_a_full_house_a_seatless_client_gets_weights_and_is_held_for_its_seat() -> None:
+    node = root(V5, num_seats=1)
+    node.pull(b"A", pull(A))
+    first = node.pull(b"B", pull(B))
+    assert first is not None
+    assert (first.seats, first.payload) == ((-1,), b"five")
+    assert node.pull(b"B", pull(B, 5)) is None
+    node.goodbye(b"A", A)
+    assert node.pull(b"B", pull(B, 5)) == replace(first, seats=(0,), payload=None)
+
+
+def test_a_silent_actors_seat_goes_to_the_next_newcomer(node: Node) -> None:
+    node.pass_time(LEASE_S)
+    assert node.count("seats") == 0
+    answer = node.pull(b"B", pull(B, 5))
+    assert answer is not None
+    assert answer.seats == (0,)
+
+
+def test_a_request_names_many_clients_and_each_gets_its_seat() -> None:
+    clients = tuple(client(f"a{i}") for i in range(50))
+    answer = root().pull(b"R", replace(pull(client("relay")), seats_for=clients))
+    assert answer is not None
+    assert answer.seats == tuple(range(50))
+
+
+# --- publish ----------------------------------------------------------------------------------------------
+
+
+def test_a_publish_is_answered_with_the_version_now_held_and_counted(node: Node) -> None:
+    answer = node.publish(publish(6))
+    assert (answer.version, answer.server_incarnation) == (6, 77)
+    assert (node.count("publishes_total"), node.count("version")) == (1, 6)
+
+
+def test_the_learner_is_answered_before_the_payload_goes_out_to_everybody(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.replies.clear()
+    node.publish(publish(6))
+    assert [reply.peer for reply in node.replies] == [b"learner", b"A"]
+
+
+def test_an_announcement_learns_that_a_restarted_server_needs_the_payload() -> None:
+    node = root()
+    assert node.publish(publish(6, payload=None)).version == -1
+    assert node.store.snapshot.state == "waiting"
+    assert node.publish(publish(6)).version == 6
+
+
+def test_a_version_older_than_the_one_held_changes_nothing_and_is_told_and_counted(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    for payload in (b"rolled back", None):
+        assert node.publish(publish(4, payload, state="complete")).version == 5
+    assert node.store.snapshot is not None
+    assert (node.store.snapshot.version, node.store.snapshot.state) == (5, "training")
+    assert node.count("refused_requests_total", reason="stale") == 2
+    assert node.count("publishes_total") == 0
+    assert node.take(b"A") == []
+
+
+def test_a_learner_that_was_rolled_back_goes_on_above_the_version_held(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    held = node.publish(publish(2)).version
+    assert node.publish(publish(held + 1, b"rolled back")).version == 6
+    assert only(Weights, node.take(b"A")).payload == b"rolled back"
+
+
+def test_the_same_version_twice_is_published_once(node: Node) -> None:
+    node.publish(publish(6))
+    node.pull(b"A", pull(SEATED_A, 6))
+    assert node.publish(publish(6)).version == 6
+    assert node.count("publishes_total") == 1
+    assert node.take(b"A") == []
+
+
+# --- goodbye ----------------------------------------------------------------------------------------------
+
+
+def test_goodbye_frees_the_seat_and_drops_the_held_request_without_an_answer(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.goodbye(b"A", A)
+    node.publish(publish(6))
+    node.pass_time(HOLD_S)
+    assert node.take(b"A") == []
+    answer = node.pull(b"B", pull(B))
+    assert answer is not None
+    assert answer.seats == (0,)
+
+
+def test_a_goodbye_that_a_relay_passes_on_leaves_the_relays_own_request_open(node: Node) -> None:
+    node.pull(b"R", replace(pull(client("relay"), 5), seats_for=(SEATED_A,)))
+    node.goodbye(b"R", A)
+    node.publish(publish(6))
+    assert only(Weights, node.take(b"R")).payload == b"weights"
+
+
+# --- time -------------------------------------------------------------------------------------------------
+
+
+def test_the_next_deadline_is_the_nearest_of_holds_and_leases() -> None:
+    node = root(V5)
+    assert node.server.next_deadline_s() == math.inf
+    node.pull(b"A", pull(A, 5))
+    assert node.server.next_deadline_s() == node.now_s + LEASE_S
+    node.pull(b"A", pull(SEATED_A, 5))
+    assert node.server.next_deadline_s() == node.now_s + HOLD_S
+    node.now_s += 1.0
+    node.pull(b"B", pull(client("eval"), 5, wants_seat=False))
+    assert node.server.next_deadline_s() == node.now_s - 1.0 + HOLD_S
+
+
+def test_immediate_and_released_answers_are_timed_but_the_end_of_a_hold_is_not(node: Node) -> None:
+    node.replies.clear()
+    node.pull(b"A", pull(SEATED_A, 4))
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.now_s += 1.0
+    node.publish(publish(6))
+    node.pull(b"A", pull(SEATED_A, 6))
+    node.pass_time(HOLD_S)
+    timed = [(reply.result, reply.since_s) for reply in node.replies if reply.peer == b"A"]
+    assert timed == [("full", 100.0), ("full", 101.0), ("not_modified", None)]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+def test_a_peer_of_another_run_is_refused_and_told_which_run_this_is(node: Node) -> None:
+    refusal = only(Refusal, node.ask(b"X", replace(pull(A), run_id="other")))
+    assert refusal.reason == "run"
+    assert "'other'" in refusal.text
+    assert "'run'" in refusal.text
+    assert node.count("refused_requests_total", reason="run") == 1
+
+
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1])
+def test_a_peer_of_another_protocol_is_told_both_versions(node: Node, version: int) -> None:
+    node.receive(b"X", [msgpack.packb([version, "pull", ["anything", {"new": 1}]])])
+    refusal = only(Refusal, node.take(b"X"))
+    assert refusal.reason == "protocol"
+    assert f"protocol {version}," in refusal.text
+    assert f"this is protocol {PROTOCOL_VERSION}" in refusal.text
+
+
+def test_each_reason_is_counted_under_its_name(node: Node) -> None:
+    node.receive(b"1", [b"\xc1"])
+    node.receive(b"2", [msgpack.packb([99, "pull", []])])
+    node.receive(b"3", encode(replace(pull(A), run_id="x")))
+    node.receive(b"4", [*encode(publish(6, payload=None)), bytes(LIMIT)])
+    counts = {reason: node.count("refused_requests_total", reason=reason) for reason in REASONS}
+    assert counts == {"malformed": 1, "protocol": 1, "run": 1, "oversized": 1, "schema": 0, "corrupt": 0}
+
+
+def test_messages_that_are_no_requests_are_refused(node: Node) -> None:
+    weights = Weights(
+        run_id="run", server_incarnation=1, state="training", version=9, steps=1, seats=(), payload=b"x"
+    )
+    assert only(Refusal, node.ask(b"X", weights)).text == "Weights is not a request"
+    rollout = Rollout(
+        run_id="run",
+        actor_id="a",
+        incarnation=1,
+        sequence=0,
+        policy_version=0,
+        task=0,
+        episodes=(),
+        arrays={"x": PackedArray(dtype="uint8", shape=(1,), codec="none", data=b"1")},
+    )
+    assert only(Refusal, node.ask(b"Y", rollout)).reason == "malformed"
+    assert node.store.snapshot.version == 5
+
+
+def test_a_refusal_is_counted_but_never_answered(node: Node) -> None:
+    assert node.ask(b"X", Refusal(reason="run", text="go away")) == []
+    assert node.count("refused_requests_total", reason="malformed") == 1
+
+
+def test_a_peer_is_refused_at_most_once_per_second_but_always_counted(node: Node) -> None:
+    for _ in range(5):
+        node.receive(b"X", [b"garbage"])
+    assert len(node.take(b"X")) == 1
+    node.receive(b"Y", [b"garbage"])
+    assert len(node.take(b"Y")) == 1
+    node.now_s += REFUSAL_INTERVAL_S
+    node.receive(b"X", [b"garbage"])
+    assert len(node.take(b"X")) == 1
+    assert node.count("refused_requests_total", reason="malformed") == 7
+
+
+def test_the_memory_of_refused_peers_is_bounded(node: Node) -> None:
+    for i in range(MAX_REFUSED_PEERS + 1):
+        node.receive(i.to_bytes(4, "big"), [b"garbage"])
+    first, last = (0).to_bytes(4, "big"), MAX_REFUSED_PEERS.to_bytes(4, "big")
+    node.take(first), node.take(last)
+    node.receive(first, [b"garbage"])
+    node.receive(last, [b"garbage"])
+    assert len(node.take(first)) == 1  # forgotten, so refused once more
+    assert node.take(last) == []
+
+
+def test_garbage_from_a_peer_leaves_its_held_request_alone(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.receive(b"A", [b"garbage"])
+    node.take(b"A")
+    node.publish(publish(6))
+    assert only(Weights, node.take(b"A")).version == 6
+
+
+def test_nothing_that_arrives_raises_or_stops_the_answers(node: Node) -> None:
+    rng = np.random.default_rng(7)
+    valid = [
+        encode(m) for m in (pull(A, 5), publish(4), publish(5, None), replace(pull(A), seats_for=(A, B) * 9))
+    ]
+    for step in range(20_000):
+        frames = [bytearray(frame) for frame in valid[step % len(valid)]]
+        for _ in range(rng.integers(1, 4)):
+            frame = frames[rng.integers(len(frames))]
+            if frame:
+                frame[rng.integers(len(frame))] = rng.integers(256)
+        if step % 3 == 0:
+            frames = frames[: rng.integers(len(frames) + 1)]
+        if step % 5 == 0:
+            frames.append(bytearray(rng.bytes(int(rng.integers(40)))))
+        node.note(node.server.handle(rng.bytes(1), frames, node.now_s))
+        node.now_s += 0.001
+        node.note(node.server.tick(node.now_s))
+    assert node.count("refused_requests_total", reason="malformed") > 1000
+    assert node.count("refused_requests_total", reason="internal") == 0
+    answer = node.pull(b"late", pull(client("late"), -1))
+    assert answer is not None
+    assert answer.payload is not None
