@@ -88,18 +88,29 @@ class WeightsClient:
 
     def run(self) -> None:
         """Ask, wait, ask again, until the pod stops; then say goodbye."""
-        with self._connect() as requester:
-            while not self._stopping.is_set():
-                asked_s = time.monotonic()
-                if not requester.send(codec.encode(self._request()), POLL_S):
-                    self._trouble("parameter server not reachable")
-                    continue
-                self._await_reply(requester, asked_s)
-                pause_s = self._interval_s - (time.monotonic() - asked_s)
-                self._stopping.wait(max(0.0, pause_s))
-            farewell = Goodbye(run_id=self._expected.run_id, sender=self._client)
-            requester.send(codec.encode(farewell), 0.0)
-            requester.close(linger_s=0.5)
+        while not self._stopping.is_set():
+            with self._connect() as requester:
+                self._converse(requester)
+
+    def _converse(self, requester: Requester) -> None:
+        """Until the server falls silent or the pod stops."""
+        while not self._stopping.is_set():
+            asked_s = time.monotonic()
+            if not self._ask(requester, asked_s) or not self._await_reply(requester, asked_s):
+                return
+            pause_s = self._interval_s - (time.monotonic() - asked_s)
+            self._stopping.wait(max(0.0, pause_s))
+        farewell = Goodbye(run_id=self._expected.run_id, sender=self._client)
+        requester.send(codec.encode(farewell), 0.0)
+        requester.close(linger_s=0.5)
+
+    def _ask(self, requester: Requester, asked_s: float) -> bool:
+        frames = codec.encode(self._request())
+        while not requester.send(frames, POLL_S):
+            self._trouble("parameter server not reachable")
+            if self._stopping.is_set() or time.monotonic() - asked_s > self._patience_s:
+                return False
+        return True
 
     def _request(self) -> Pull:
         have = self.newest.version if self.newest else NO_VERSION
@@ -107,15 +118,16 @@ class WeightsClient:
             run_id=self._expected.run_id, sender=self._client, have_version=have, seats_for=(self._client,)
         )
 
-    def _await_reply(self, requester: Requester, asked_s: float) -> None:
+    def _await_reply(self, requester: Requester, asked_s: float) -> bool:
         while not self._stopping.is_set():
             frames = requester.receive(POLL_S)
             if frames is not None:
                 self._take(frames)
-                return
+                return True
             if time.monotonic() - asked_s > self._patience_s:
                 self._trouble("parameter server does not answer")
-                return
+                return False
+        return True
 
     def _take(self, frames: list[Buffer]) -> None:
         try:

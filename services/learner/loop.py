@@ -119,6 +119,9 @@ class LearnerLoop:
         training_s = time.perf_counter()
         self._stage["h2d"].observe(training_s - copying_s)
         steps_before = self._trainer.steps
+        # The server never goes back. If it is ahead, because it could not be asked when this learner went
+        # back to a checkpoint, the next version is numbered above what it holds.
+        self._trainer.version = max(self._trainer.version, self._publisher.held_version)
         self._trainer.update(on_device)
         if copied is not None:
             copied.synchronize()  # the update is queued behind the copy, so this waits for the copy alone

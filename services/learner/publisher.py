@@ -110,7 +110,8 @@ class Publisher:
         self._changed = threading.Condition()
         self._offered: tuple[int, int, RunState] | None = None
         self._edition: _Edition | None = None
-        self._held = NO_VERSION
+        self.held_version = NO_VERSION
+        """What the server held when it last answered."""
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why nothing can be published, or None."""
 
@@ -127,7 +128,7 @@ class Publisher:
     def wait_until_held(self, version: int, timeout_s: float) -> bool:
         """Whether the server confirms, within ``timeout_s``, that it holds ``version``."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._held >= version, timeout_s)
+            return self._changed.wait_for(lambda: self.held_version >= version, timeout_s)
 
     def fetch_newer(self, version: int, steps: int, state: RunState, timeout_s: float) -> Weights | None:
         """Weights that the server holds and that are newer than ours; None if none are, or no server is."""
@@ -143,42 +144,46 @@ class Publisher:
 
     def run(self) -> None:
         """Send what is offered; otherwise ask, now and then, what the server holds."""
-        with self._connect() as requester:
-            while not self._stopping.is_set():
+        while not self._stopping.is_set():
+            with self._connect() as requester:
+                self._converse(requester)
+
+    def _converse(self, requester: Requester) -> None:
+        """Until the server falls silent or the pod stops."""
+        answered = True
+        while answered and not self._stopping.is_set():
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._offered is not None or self._stopping.is_set(), ANNOUNCE_S
+                )
+                offered = self._offered
+            if offered is not None:
+                version, steps, state = offered
+                payload = self._copier.finish()
+                self._edition = _Edition(version=version, steps=steps, state=state, payload=payload)
                 with self._changed:
-                    self._changed.wait_for(
-                        lambda: self._offered is not None or self._stopping.is_set(), ANNOUNCE_S
-                    )
-                    offered = self._offered
-                if offered is not None:
-                    version, steps, state = offered
-                    self._edition = _Edition(
-                        version=version, steps=steps, state=state, payload=self._copier.finish()
-                    )
-                    with self._changed:
-                        self._offered = None
-                        self._changed.notify_all()
-                    self._send(requester, self._edition, with_payload=True)
-                elif self._edition is not None and self._is_missing(requester, self._edition):
-                    self._send(requester, self._edition, with_payload=True)
+                    self._offered = None
+                    self._changed.notify_all()
+                answered = self._send(requester, self._edition, with_payload=True)
+            elif self._edition is not None:
+                answered = self._send(requester, self._edition, with_payload=False)
+                if answered and self.held_version < self._edition.version:
+                    answered = self._send(requester, self._edition, with_payload=True)
 
     def wake(self) -> None:
         """Make ``run`` look at ``stopping`` now."""
         with self._changed:
             self._changed.notify_all()
 
-    def _is_missing(self, requester: Requester, edition: _Edition) -> bool:
-        return self._send(requester, edition, with_payload=False) < edition.version
-
-    def _send(self, requester: Requester, edition: _Edition, with_payload: bool) -> int:
-        """The version that the server holds afterwards, as far as we know."""
+    def _send(self, requester: Requester, edition: _Edition, with_payload: bool) -> bool:
+        """Whether the server answered."""
         answer = self._ask(requester, self._publish(edition, with_payload), time.monotonic() + ANSWER_S)
         if isinstance(answer, Published):
             self.trouble = None
             with self._changed:
-                self._held = answer.version
+                self.held_version = answer.version
                 self._changed.notify_all()
-        return self._held
+        return answer is not None
 
     def _publish(self, edition: _Edition, with_payload: bool) -> Publish:
         return Publish(

@@ -7,8 +7,13 @@
     Replier          ROUTER  the parameter server's. Drops a reply to a client that is gone or does not read.
 
 None blocks longer than its timeout. Queues are counted in messages and kept at one or two: every rollout
-that waits in a buffer is policy lag. All sockets heartbeat and reconnect by themselves, because pods come
-back under new addresses. A socket belongs to the thread that uses it.
+that waits in a buffer is policy lag. All sockets reconnect by themselves. A socket belongs to the thread
+that uses it.
+
+libzmq's own heartbeats stay off. A socket whose inbound queue is full does not read pings either, so under
+backpressure they cut connections to living peers; and when such a peer goes away, libzmq 4.3.5 aborts the
+whole process at the next heartbeat (assertion !_io_error). TCP keepalive finds peers that vanish while idle,
+and whoever waits for an answer stops waiting after a while and asks again over a new socket.
 """
 
 from __future__ import annotations
@@ -22,8 +27,9 @@ import zmq
 
 from services.wire.messages import Buffer
 
-HEARTBEAT_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 6_000
+KEEPALIVE_IDLE_S = 10
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_PROBES = 3
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 KERNEL_BUFFER_BYTES = 256 * 1024
@@ -37,13 +43,13 @@ class _Socket:
         for option, value in {
             zmq.LINGER: 0,
             zmq.MAXMSGSIZE: max_message_bytes,  # per frame; libzmq disconnects a peer that exceeds it
-            zmq.HEARTBEAT_IVL: HEARTBEAT_MS,
-            zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
-            zmq.HEARTBEAT_TTL: HEARTBEAT_TIMEOUT_MS,
             zmq.RECONNECT_IVL: RECONNECT_MS,
             zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
             zmq.HANDSHAKE_IVL: 10_000,
             zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
+            zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_S,
+            zmq.TCP_KEEPALIVE_CNT: KEEPALIVE_PROBES,
             zmq.SNDBUF: KERNEL_BUFFER_BYTES,
             zmq.RCVBUF: KERNEL_BUFFER_BYTES,
         }.items():
@@ -123,7 +129,11 @@ class RolloutReceiver(_Socket):
 
 
 class Requester(_Socket):
-    """A client of the parameter server. One request is open at a time, and a new one replaces it."""
+    """A client of the parameter server. One request is open at a time, and a new one replaces it.
+
+    Whoever got no answer closes it and connects anew, because the old connection may lead to a machine that
+    is gone, which TCP alone notices only after many minutes.
+    """
 
     def __init__(self, endpoint: str, max_message_bytes: int) -> None:
         super().__init__(zmq.DEALER, max_message_bytes)
