@@ -42,7 +42,7 @@ def pulled(node: Node) -> Pull:
 
 
 def answer(
-    node: Node, request: Pull, version: int = 1, seats: tuple[int, ...] = (), **others: object
+    node: Node, request: Pull, version: int = 1, seats: tuple[int, ...] = (), run_id: str = "run"
 ) -> None:
     """Upstream answers ``request``."""
     assert node.relay is not None
