@@ -24,7 +24,7 @@ from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import ParamserverMetrics
 from services.paramserver import store as snapshots
-from services.paramserver.loop import Loop
+from services.paramserver.loop import Loop, Upstream
 from services.paramserver.membership import Membership, RelayedSeats, Seats
 from services.paramserver.relay import Relay
 from services.paramserver.server import Server
@@ -120,8 +120,12 @@ def _build(
         seats=relayed_seats,
         server=server,
     )
-    requester = Requester(upstream, config.wire.max_message_bytes)
-    return Loop(server=server, replier=replier, metrics=metrics, upstream=(relay, requester)), store, relay
+    connect = partial(Requester, upstream, config.wire.max_message_bytes)
+    return (
+        Loop(server=server, replier=replier, metrics=metrics, upstream=Upstream(relay, connect)),
+        store,
+        relay,
+    )
 
 
 def _missing(relay: Relay | None) -> str | None:

@@ -24,8 +24,29 @@ TURN_S = 0.5
 """The loop turns at least this often, for its heartbeat and to see that it shall stop."""
 
 
+class Upstream:
+    """A relay and its connection, which is taken anew when it leads nowhere."""
+
+    def __init__(self, relay: Relay, connect: Callable[[], Requester]) -> None:
+        self.relay = relay
+        self.socket = connect()
+        self._connect = connect
+
+    def turn(self, now_s: float) -> list[Reply]:
+        """Take what has arrived, send what is due; answers for the relay's own clients."""
+        frames = self.socket.receive(0.0)
+        replies = [] if frames is None else self.relay.handle(frames, now_s)
+        if self.relay.is_overdue(now_s):
+            self.socket.close()
+            self.socket = self._connect()
+        for request in self.relay.requests(now_s):
+            if not self.socket.send(request, timeout_s=0.0):
+                self.relay.unsent(now_s)
+        return replies
+
+
 class Loop:
-    """Owns the sockets while it runs. ``upstream`` is what makes it a relay."""
+    """Owns the sockets. With ``upstream`` it is a relay's."""
 
     def __init__(
         self,
@@ -33,7 +54,7 @@ class Loop:
         server: Server,
         replier: Replier,
         metrics: ParamserverMetrics,
-        upstream: tuple[Relay, Requester] | None = None,
+        upstream: Upstream | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._server = server
@@ -53,7 +74,7 @@ class Loop:
         """Close the sockets."""
         self._replier.close()
         if self._upstream is not None:
-            self._upstream[1].close()
+            self._upstream.socket.close()
 
     def turn(self) -> None:
         """Wait for something to do, and do it."""
@@ -62,7 +83,7 @@ class Loop:
         if request is not None:
             self._send(self._handle(*request))
         if self._upstream is not None:
-            self._turn_upstream(*self._upstream)
+            self._send(self._upstream.turn(self._clock()))
         self._send(self._server.tick(self._clock()))
 
     def _handle(self, peer: bytes, frames: Sequence[Buffer]) -> list[Reply]:
@@ -77,18 +98,9 @@ class Loop:
         deadline_s = self._server.next_deadline_s()
         sockets: list[Replier | Requester] = [self._replier]
         if self._upstream is not None:
-            relay, requester = self._upstream
-            deadline_s = min(deadline_s, relay.next_deadline_s())
-            sockets.append(requester)
+            deadline_s = min(deadline_s, self._upstream.relay.next_deadline_s())
+            sockets.append(self._upstream.socket)
         wait(sockets, min(max(deadline_s - self._clock(), 0.0), TURN_S))
-
-    def _turn_upstream(self, relay: Relay, requester: Requester) -> None:
-        frames = requester.receive(0.0)
-        if frames is not None:
-            self._send(relay.handle(frames, self._clock()))
-        for outgoing in relay.requests(self._clock()):
-            if not requester.send(outgoing, timeout_s=0.0):
-                relay.unsent(self._clock())
 
     def _send(self, replies: list[Reply]) -> None:
         for reply in replies:

@@ -21,8 +21,11 @@ from services.paramserver.store import Snapshot, Store
 from services.wire.codec import Expected, WireError, decode, encode
 from services.wire.messages import Buffer, Client, Goodbye, Pull, Weights
 
-RETRY_S = 0.5
-"""Before asking again when upstream is not there, or did not answer as it should."""
+CONNECT_S = 0.1
+"""Before trying again when upstream is not there, or not yet."""
+
+REFUSED_S = 1.0
+"""Before asking again when upstream did not answer as it should."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +78,14 @@ class Relay:
             return self._ask_at_s
         return max(self._ask_at_s, self._open.until_s)
 
+    def is_overdue(self, now_s: float) -> bool:
+        """Upstream has not answered for so long that the connection may lead nowhere: time for a new one."""
+        return self._open is not None and now_s >= self._open.until_s
+
     def unsent(self, now_s: float) -> None:
         """Upstream is not there; a Goodbye that did not leave is made up for by the end of its lease."""
         self._open = None
-        self._ask_at_s = now_s + RETRY_S
+        self._ask_at_s = now_s + CONNECT_S
 
     def handle(self, frames: Sequence[Buffer], now_s: float) -> list[Reply]:
         """Take over what upstream says, and answer the clients to whom it is news."""
@@ -103,7 +110,7 @@ class Relay:
         return self._server.offer(snapshot, now_s)
 
     def _pull(self, now_s: float) -> list[Buffer]:
-        if self._open is not None and now_s >= self._open.until_s:
+        if self.is_overdue(now_s):
             self._log.warning("upstream_silent", waited_s=self._patience_s)
         has_newcomers = self._seats.has_unasked
         self._number += 1
@@ -125,5 +132,5 @@ class Relay:
     def _complain(self, text: str, now_s: float) -> list[Reply]:
         self._log.warning("upstream_refused", error=text)
         self._open = None
-        self._ask_at_s = now_s + RETRY_S
+        self._ask_at_s = now_s + REFUSED_S
         return []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.paramserver.relay import RETRY_S
+from services.paramserver.relay import CONNECT_S, REFUSED_S
 from services.wire.codec import decode, encode
 from services.wire.messages import Goodbye, Pull, Refusal, Weights
 from tests.unit.paramserver.harness import (
@@ -257,7 +257,9 @@ def test_an_unanswered_request_is_sent_again_after_twice_the_hold() -> None:
     assert below.relay.next_deadline_s() == below.now_s + 2 * HOLD_S
     below.pass_time(2 * HOLD_S - 0.001)
     assert sent_up(below) == []
+    assert not below.relay.is_overdue(below.now_s)
     below.pass_time(0.001)
+    assert below.relay.is_overdue(below.now_s)  # so the loop takes a new connection
     assert pulled(below).request == first.request + 1
 
 
@@ -269,8 +271,8 @@ def test_a_relay_whose_upstream_is_not_there_tries_again_without_spinning() -> N
     below.relay.unsent(below.now_s)
     below.pull(b"B", pull(B))
     assert sent_up(below) == []
-    assert below.relay.next_deadline_s() == below.now_s + RETRY_S
-    below.pass_time(RETRY_S)
+    assert below.relay.next_deadline_s() == below.now_s + CONNECT_S
+    below.pass_time(CONNECT_S)
     assert pulled(below).seats_for == (A, B)
     assert not below.relay.has_answered
 
@@ -292,7 +294,7 @@ def test_a_relay_asks_an_upstream_that_answers_wrongly_again_without_spinning(ki
     assert below.take(b"A") == []
     assert below.store.snapshot.version == -1
     assert sent_up(below) == []
-    below.pass_time(RETRY_S)
+    below.pass_time(REFUSED_S)
     assert pulled(below).seats_for == (A,)
 
 
