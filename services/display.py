@@ -56,11 +56,6 @@ def _progress_line(snapshot: Snapshot, width: int) -> RenderableType:
     line.add_column(justify="right", no_wrap=True)
     line.add_column(justify="right", no_wrap=True, style="dim")
     counts = f"{_number(snapshot.steps or 0)} of {_number(snapshot.run.total_steps)} steps"
-    remaining = f"{_duration(snapshot.eta_s)} left" if snapshot.eta_s is not None else "starting"
-    if snapshot.done_ratio >= 1.0:
-        remaining = "done"
-    elif snapshot.steps and snapshot.eta_s is None:
-        remaining = "waiting"
     line.add_row(
         ProgressBar(
             total=1.0,
@@ -70,9 +65,19 @@ def _progress_line(snapshot: Snapshot, width: int) -> RenderableType:
             style="bright_black",
         ),
         Text(f"{math.floor(100 * snapshot.done_ratio):3d} %", style="bold"),
-        Text(f"{remaining:>14}") if width >= 40 else Text(),
+        Text(f"{_remaining(snapshot):>14}") if width >= 40 else Text(),
     )
     return Group(line, Text(counts, style="dim"))
+
+
+def _remaining(snapshot: Snapshot) -> str:
+    if snapshot.done_ratio >= 1.0:
+        return "done"
+    if snapshot.pods and all(pod.phase == "stopped" for pod in snapshot.pods):
+        return "stopped"
+    if snapshot.eta_s is not None:
+        return f"{_duration(snapshot.eta_s)} left"
+    return "waiting" if snapshot.steps else "starting"
 
 
 def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from services.ops.logging import get_logger
 
 PARENT_CHECK_S = 0.5
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _log = get_logger("lifecycle")
 
@@ -69,10 +70,12 @@ class Lifecycle:
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_forget_signals)
+        os.register_at_fork(
+            before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_signals_behind
+        )
 
         def listen() -> None:
             interrupts = 0
@@ -98,8 +101,18 @@ class Lifecycle:
         self.thread("parent-watch", watch)
 
 
-def _forget_signals() -> None:
-    """A forked child (an asynchronous environment) dies of a signal and leaves its parent's socket alone."""
+def _leave_signals_behind() -> None:
+    """In a forked child (an asynchronous environment): die of signals and leave the parent's socket alone."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    _unblock_signals()
+
+
+def _block_signals() -> None:
+    """From before the fork, so that no child takes its own early signal for its parent's."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -1,0 +1,94 @@
+"""The metrics: their names, and the series that exist before anything has happened."""
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.ops.metrics import (
+    INVALID_REASONS,
+    ROLES,
+    ActorMetrics,
+    LearnerMetrics,
+    ParamserverMetrics,
+    metric_names,
+)
+
+
+def series(registry: CollectorRegistry) -> set[str]:
+    return {sample.name for family in registry.collect() for sample in family.samples}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_metric_of_ours_starts_with_impala_and_nothing_else_does_but_the_process(role: str) -> None:
+    for name in metric_names(role):
+        assert name.startswith(("impala_", "process_")), name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_metric_names_are_the_names_that_are_really_exposed(role: str) -> None:
+    registry = CollectorRegistry()
+    ROLES[role](registry)
+    exposed = {name for name in series(registry) if not name.endswith("_created")}
+    only_with_events = {"impala_episode_return", "impala_episode_length"}
+    assert exposed <= metric_names(role)
+    assert metric_names(role) - exposed <= only_with_events
+
+
+def test_the_documented_names_exist() -> None:
+    assert {
+        "impala_actor_env_steps_total",
+        "impala_actor_seconds_total",
+        "impala_build_info",
+    } <= metric_names("actor")
+    assert {
+        "impala_learner_samples_total",
+        "impala_learner_policy_lag_versions_bucket",
+        "impala_learner_stage_seconds_sum",
+        "impala_episode_return",
+        "impala_checkpoint_timestamp_seconds",
+        "impala_training_complete",
+        "impala_total_steps",
+    } <= metric_names("learner")
+    assert {"impala_paramserver_pulls_total", "impala_paramserver_seats"} <= metric_names("paramserver")
+
+
+def test_two_registries_in_one_process_share_nothing() -> None:
+    first, second = CollectorRegistry(), CollectorRegistry()
+    ActorMetrics(first).env_steps.inc(3)
+    ActorMetrics(second)
+    assert first.get_sample_value("impala_actor_env_steps_total") == 3
+    assert second.get_sample_value("impala_actor_env_steps_total") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "values"),
+    [
+        ("impala_learner_rollouts_total", "result", ("ok", "stale", "invalid")),
+        ("impala_learner_invalid_rollouts_total", "reason", INVALID_REASONS),
+        ("impala_learner_loss", "term", ("policy", "baseline", "entropy", "total")),
+        (
+            "impala_learner_stage_seconds_count",
+            "stage",
+            ("wait", "h2d", "forward_backward", "allreduce", "publish"),
+        ),
+    ],
+)
+def test_series_with_known_labels_exist_at_zero(name: str, label: str, values: tuple[str, ...]) -> None:
+    registry = CollectorRegistry()
+    LearnerMetrics(registry)
+    for value in values:
+        assert registry.get_sample_value(name, {label: value}) == 0
+
+
+def test_versions_start_below_the_first_one() -> None:
+    registry = CollectorRegistry()
+    ParamserverMetrics(registry)
+    assert registry.get_sample_value("impala_paramserver_version") == -1
+
+
+def test_build_info_names_the_role() -> None:
+    registry = CollectorRegistry()
+    ParamserverMetrics(registry)
+    [sample] = [s for f in registry.collect() for s in f.samples if s.name == "impala_build_info"]
+    assert sample.value == 1
+    assert sample.labels["role"] == "paramserver"
+    assert sample.labels["version"]
