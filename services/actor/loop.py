@@ -31,7 +31,7 @@ from services.ops.health import Heartbeat
 from services.ops.metrics import ActorMetrics
 from services.rl.envs import EnvSpec, Transition, VectorEnv
 from services.wire import codec
-from services.wire.messages import Client, Episode, Rollout
+from services.wire.messages import Client, Episode, PackedArray, Rollout
 from services.wire.sockets import RolloutSender
 
 SEND_POLL_S = 0.25
@@ -111,6 +111,17 @@ class Half:
         self._episode_return[ended] = 0.0
         self._episode_length[ended] = 0
         return len(ended)
+
+    def pack(self, n: int, packer: codec.Packer) -> dict[str, PackedArray]:
+        """The arrays of environment ``n``'s rollout: what ``learner/batch.py`` lets in."""
+        return {
+            "observation": packer.pack(self.observation[n]),
+            "episode_start": packer.pack(self.episode_start[n]),
+            "action": packer.pack(self.action[n]),
+            "behaviour_logits": packer.pack(self.behaviour_logits[n]),
+            "reward": packer.pack(self.reward[n]),
+            "terminated": packer.pack(self.terminated[n]),
+        }
 
 
 class ActorLoop:
@@ -194,7 +205,6 @@ class ActorLoop:
         return True
 
     def _rollout(self, half: Half, n: int) -> Rollout:
-        pack = self._packer.pack
         sequence, self._sequence = self._sequence, self._sequence + 1
         return Rollout(
             run_id=self._run_id,
@@ -204,12 +214,5 @@ class ActorLoop:
             policy_version=self._policy.version,
             task=0,
             episodes=tuple(half.episodes[n]),
-            arrays={
-                "observation": pack(half.observation[n]),
-                "episode_start": pack(half.episode_start[n]),
-                "action": pack(half.action[n]),
-                "behaviour_logits": pack(half.behaviour_logits[n]),
-                "reward": pack(half.reward[n]),
-                "terminated": pack(half.terminated[n]),
-            },
+            arrays=half.pack(n, self._packer),
         )

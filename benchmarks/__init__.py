@@ -1,0 +1,1 @@
+"""What is measured: ``python -m benchmarks`` (``make bench``). No test is timed."""

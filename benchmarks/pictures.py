@@ -1,0 +1,154 @@
+"""The pictures in the documentation, drawn from real runs.
+
+python -m benchmarks.pictures curve RUN_DIR docs/pong.png      return over agent steps, beside a peer's
+python -m benchmarks.pictures display RUN_DIR docs/display.svg the live display of a run that is going on
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from services import config as configuration
+from services.display import render
+from services.local import frame_skip_of
+from services.ops.figures import PodStatus, RunInfo, take_snapshot
+from services.ops.scrape import Scraper
+
+PEER = Path(__file__).parent / "data" / "pong_monobeast.json"
+BIN_STEPS = 100_000
+WATCH_S = 12.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pictures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("picture", choices=["curve", "display"])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args(argv)
+    {"curve": curve, "display": display}[arguments.picture](arguments.run_dir, arguments.out)
+    return 0
+
+
+def curve(run_dir: Path, out: Path) -> None:
+    """Mean return of the episodes of each 100,000 agent steps, and the speed of the run."""
+    from matplotlib import pyplot
+
+    reports = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    config = configuration.load(run_dir / "config.json")
+    peer = json.loads(PEER.read_text())
+    steps, returns = binned(reports)
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(8, 5.4), sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    top.plot([s / 1e6 for s in steps], returns, color="#0b7a75", linewidth=2, label="ours")
+    if config.env.id == "ALE/Pong-v5":
+        top.plot(
+            [row[0] / 1e6 for row in peer["rows"]],
+            [row[1] for row in peer["rows"]],
+            color="#9aa0a6",
+            linewidth=1.5,
+            label="MonoBeast, same hyperparameters and machine, nature network",
+        )
+    top.set_ylabel("episode return")
+    top.set_title(
+        f"{config.env.id}, preset {config.preset}, network {config.network.name}, seed {config.seed}",
+        loc="left",
+        fontsize=10,
+    )
+    top.legend(frameon=False, loc="upper left")
+    speed = [report for report in reports if report["steps_per_second"] > 0]
+    bottom.plot(
+        [report["steps"] / 1e6 for report in speed],
+        rolling_median([report["steps_per_second"] for report in speed]),
+        color="#d97706",
+        linewidth=1.2,
+    )
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("steps/s")
+    bottom.set_xlabel("million agent steps (× 4 = frames)")
+    for axis in (top, bottom):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.savefig(out, dpi=130)
+    print(f"{out}: {steps[-1]:,} steps, return {returns[0]:.2f} -> {returns[-1]:.2f}")
+
+
+def binned(reports: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """(first step, mean return) of every bin in which episodes ended."""
+    sums: dict[int, tuple[float, int]] = {}
+    for report in reports:
+        if report["interval_episodes"]:
+            start = report["steps"] // BIN_STEPS * BIN_STEPS
+            total, count = sums.get(start, (0.0, 0))
+            new = report["interval_episodes"]
+            sums[start] = (total + report["interval_return"] * new, count + new)
+    starts = sorted(sums)
+    return starts, [sums[start][0] / sums[start][1] for start in starts]
+
+
+def rolling_median(values: Sequence[float], width: int = 13) -> list[float]:
+    """Calm enough to read."""
+    return [
+        statistics.median(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(values))
+    ]
+
+
+def display(run_dir: Path, out: Path) -> None:
+    """Watch a run for a few seconds and take a picture of its display."""
+    config = configuration.load(run_dir / "config.json")
+    targets = json.loads((run_dir / "targets.json").read_text())
+    ports = {t["labels"]["pod"]: int(t["targets"][0].rpartition(":")[2]) for t in targets}
+    scraper = Scraper(ports, interval_s=1.0)
+    time.sleep(2.0)
+    before = scraper.latest()["learner"]
+    time.sleep(WATCH_S)
+    latest = scraper.latest()
+    scraper.close()
+    reports = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    returns = [report["episode_return"] for report in reports if report["episode_return"] is not None]
+    stride = max(1, len(returns) // 200)
+    snapshot = take_snapshot(
+        RunInfo(
+            env_id=config.env.id,
+            total_steps=config.total_steps,
+            frame_skip=frame_skip_of(config),
+            run_dir=run_dir,
+        ),
+        before,
+        latest["learner"],
+        pods=tuple(
+            PodStatus(
+                name=target["labels"]["pod"],
+                role=target["labels"]["role"],
+                phase="up",
+                restarts=0,
+                memory_bytes=latest[target["labels"]["pod"]].get("process_resident_memory_bytes"),
+            )
+            for target in targets
+        ),
+        elapsed_s=reports[-1]["time"] - reports[0]["time"],
+        unix_time_s=time.time(),
+        returns=tuple(returns[::stride]),
+    )
+    console = Console(record=True, width=92, file=Path("/dev/null").open("w"), force_terminal=True)  # noqa: SIM115
+    console.print(render(snapshot, 92))
+    console.save_svg(str(out), title="impala train")
+    print(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
