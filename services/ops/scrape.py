@@ -29,7 +29,7 @@ class Scrape:
 
     def get(self, name: str, **labels: str) -> float | None:
         """The value of one series; None if it is not there."""
-        inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        inside = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
         return self.samples.get(f"{name}{{{inside}}}" if inside else name)
 
     def by_label(self, name: str, label: str) -> dict[str, float]:
@@ -71,19 +71,21 @@ class Scraper:
 
     def _run(self, name: str, port: int) -> None:
         while not self._closed.is_set():
-            samples = _fetch(port)
+            samples = fetch(port)
             if samples is not None:
                 self._latest[name] = Scrape(time_s=time.monotonic(), samples=samples)
             self._closed.wait(self._interval_s)
 
 
-def _fetch(port: int) -> dict[str, float] | None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+def fetch(port: int, timeout_s: float = TIMEOUT_S, path: str = "/metrics") -> dict[str, float] | None:
+    """Series -> value of the pod at ``port``; None if it is not there (yet), or frozen, or no pod at all."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
-        connection.request("GET", "/metrics")
-        body = connection.getresponse().read(MAX_SCRAPE_BYTES)
-        return parse_metrics(body.decode(errors="replace"))
-    except (OSError, http.client.HTTPException):  # not there yet, gone, or frozen
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read(MAX_SCRAPE_BYTES)
+        return parse_metrics(body.decode(errors="replace")) if response.status == 200 else None
+    except (OSError, http.client.HTTPException):
         return None
     finally:
         connection.close()

@@ -1,0 +1,183 @@
+"""From scrapes to figures, with scrapes written by hand or taken from real metrics."""
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from services.ops.figures import (
+    RATE_WINDOW_S,
+    History,
+    PodStatus,
+    RunInfo,
+    Snapshot,
+    plain_fields,
+    take_snapshot,
+)
+from services.ops.metrics import LearnerMetrics
+from services.ops.scrape import Scrape, parse_metrics
+
+RUN = RunInfo(env_id="ALE/Pong-v5", total_steps=10_000, frame_skip=4, run_dir=Path("runs/x"))
+
+
+class FakeLearner:
+    """A learner's metrics, scraped at whatever time the test wants."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = LearnerMetrics(self.registry)
+
+    def scrape(self, time_s: float) -> Scrape:
+        return Scrape(time_s=time_s, samples=parse_metrics(generate_latest(self.registry).decode()))
+
+
+@pytest.fixture
+def learner() -> FakeLearner:
+    return FakeLearner()
+
+
+def figures(learner: FakeLearner, change: Callable[[LearnerMetrics], None]) -> Snapshot:
+    """The snapshot of ten seconds in which ``change`` happened."""
+    before = learner.scrape(100.0)
+    change(learner.metrics)
+    return take_snapshot(RUN, before, learner.scrape(110.0), unix_time_s=1_000_000.0)
+
+
+def test_without_a_scrape_nothing_is_known_and_nothing_fails() -> None:
+    snapshot = take_snapshot(RUN, None, None)
+    assert snapshot.steps is None
+    assert snapshot.done_ratio == 0.0
+    assert set(plain_fields(snapshot)) == {"total_steps", "pods_up", "memory_mb"}
+
+
+def test_speed_and_the_time_that_is_left(learner: FakeLearner) -> None:
+    learner.metrics.steps.set(1000)  # from an earlier life: it counts as progress, not as speed
+
+    def change(metrics: LearnerMetrics) -> None:
+        metrics.samples.inc(3000)
+        metrics.steps.set(4000)
+
+    snapshot = figures(learner, change)
+    assert snapshot.steps == 4000
+    assert snapshot.steps_per_s == 300
+    assert snapshot.frames_per_s == 1200
+    assert snapshot.eta_s == 20
+    assert snapshot.done_ratio == 0.4
+
+
+def test_a_learner_that_stands_still_has_no_time_left_to_show(learner: FakeLearner) -> None:
+    snapshot = figures(learner, lambda metrics: None)
+    assert snapshot.steps_per_s == 0
+    assert snapshot.eta_s is None
+
+
+def test_the_return_is_the_mean_over_tasks(learner: FakeLearner) -> None:
+    assert figures(learner, lambda metrics: None).episode_return is None
+    learner.metrics.episode_return.labels(task="0").set(10)
+    learner.metrics.episode_return.labels(task="1").set(-4)
+    assert figures(learner, lambda metrics: None).episode_return == 3
+
+
+def test_lag_is_that_of_the_interval_only(learner: FakeLearner) -> None:
+    learner.metrics.policy_lag_versions.observe(50)  # long ago
+
+    def change(metrics: LearnerMetrics) -> None:
+        for lag in (0, 0, 1, 7):
+            metrics.policy_lag_versions.observe(lag)
+
+    snapshot = figures(learner, change)
+    assert snapshot.lag_mean == 2
+    assert snapshot.lag_max == 7
+
+
+def test_lag_beyond_the_last_bucket_is_infinite_rather_than_wrong(learner: FakeLearner) -> None:
+    snapshot = figures(learner, lambda metrics: metrics.policy_lag_versions.observe(1000))
+    assert snapshot.lag_max == math.inf
+
+
+def test_lag_without_a_rollout_is_unknown(learner: FakeLearner) -> None:
+    snapshot = figures(learner, lambda metrics: None)
+    assert (snapshot.lag_mean, snapshot.lag_max) == (None, None)
+
+
+@pytest.mark.parametrize(("waited_s", "ratio"), [(0.0, 0.0), (2.5, 0.25), (11.0, 1.0)])
+def test_waiting_is_a_share_of_the_interval(learner: FakeLearner, waited_s: float, ratio: float) -> None:
+    snapshot = figures(learner, lambda metrics: metrics.stage_seconds.labels(stage="wait").observe(waited_s))
+    assert snapshot.wait_ratio == ratio
+
+
+def test_a_checkpoint_has_an_age_once_there_is_one(learner: FakeLearner) -> None:
+    assert figures(learner, lambda metrics: None).checkpoint_age_s is None
+    assert (
+        figures(
+            learner, lambda metrics: metrics.checkpoint_timestamp_seconds.set(1_000_000.0 - 42)
+        ).checkpoint_age_s
+        == 42
+    )
+
+
+def test_only_what_was_lost_is_shown_as_lost(learner: FakeLearner) -> None:
+    assert figures(learner, lambda metrics: None).troubles == {}
+    snapshot = figures(learner, lambda metrics: metrics.rollouts.labels(result="stale").inc(13))
+    assert snapshot.troubles == {"stale rollouts": 13}
+    assert plain_fields(snapshot)["stale_rollouts"] == 13
+
+
+def test_values_that_are_not_finite_fail_nothing(learner: FakeLearner) -> None:
+    def change(metrics: LearnerMetrics) -> None:
+        metrics.loss.labels(term="total").set(math.nan)
+        metrics.grad_norm.set(math.inf)
+        metrics.queue_depth.set(math.nan)
+
+    snapshot = figures(learner, change)
+    assert math.isnan(snapshot.losses["total"])
+    assert snapshot.queue_depth is None
+    assert plain_fields(snapshot)["grad_norm"] == math.inf
+
+
+def test_plain_fields_count_pods_restarts_and_memory() -> None:
+    pods = (
+        PodStatus(name="learner", role="learner", phase="up", restarts=1, memory_bytes=400e6),
+        PodStatus(name="actor-0", role="actor", phase="silent", restarts=0),
+    )
+    fields = plain_fields(take_snapshot(RUN, None, None, pods=pods))
+    assert fields["pods_up"] == "1/2"
+    assert fields["restarts"] == 1
+    assert fields["memory_mb"] == 400
+
+
+def test_history_measures_rates_over_its_window(learner: FakeLearner) -> None:
+    history = History()
+    for second in range(60):
+        history.add(learner.scrape(float(second)))
+        history.add(history.now)  # the same scrape again changes nothing
+    assert history.now is not None
+    assert history.before is not None
+    assert history.now.time_s - history.before.time_s == RATE_WINDOW_S
+
+
+def test_history_keeps_the_last_two_scrapes_however_old(learner: FakeLearner) -> None:
+    history = History()
+    assert (history.before, history.now) == (None, None)
+    history.add(None)
+    first, second = learner.scrape(0.0), learner.scrape(1000.0)
+    history.add(first)
+    assert (history.before, history.now) == (None, first)
+    history.add(second)
+    assert (history.before, history.now) == (first, second)
+
+
+def test_history_of_the_return_is_bounded_and_covers_the_whole_run() -> None:
+    history = History()
+    for second in range(5000):
+        samples = {'impala_episode_return{task="0"}': float(second)}
+        history.add(Scrape(time_s=float(second), samples=samples))
+    returns = history.returns
+    assert History.LONGEST / 2 <= len(returns) <= History.LONGEST
+    assert returns[0] < 50
+    assert returns[-1] > 4900
+    steps = {b - a for a, b in itertools.pairwise(returns)}
+    assert len(steps) == 1, "points are evenly spread"
