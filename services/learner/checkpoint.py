@@ -5,7 +5,7 @@
     waits for  the disk, in a thread of its own: a slow or full one never stops the training
 
 A checkpoint is written beside its place, synced and renamed, so a file with the right name is whole; and yet
-each is checked when it is read, and one that is truncated or foreign is refused by name in favour of the one
+each is checked when it is read, and one that is damaged or foreign is refused by name in favour of the one
 before it. The files hold tensors and plain values only and are read with ``weights_only=True``.
 """
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: TID251  (what torch.load raises for a file that is none of its own)
 from typing import Any
 
 import torch
@@ -51,16 +51,23 @@ class CheckpointError(ValueError):
 def read(path: Path) -> Checkpoint:
     """The checkpoint in this file, on the CPU; CheckpointError if it is not a whole one of ours."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
+        with zipfile.ZipFile(path) as archive:  # torch's format, but torch does not look at the checksums
+            damaged_part = archive.testzip()
+        content = None if damaged_part else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  (a damaged file makes its readers raise almost anything)
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint {path}: damaged or not a checkpoint ({first_line})") from None
+    if damaged_part:
+        raise CheckpointError(f"checkpoint {path}: damaged (the checksum of {damaged_part} is wrong)")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: not written by this program")
     if content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {path}: format {content.get('format_version')}; allowed is {FORMAT_VERSION}"
         )
+    missing = {"trainer", "episodes", "config", "complete"} - content.keys()
+    if missing:
+        raise CheckpointError(f"checkpoint {path}: has no {', '.join(sorted(missing))}")
     return Checkpoint(
         path=path,
         trainer=content["trainer"],
@@ -79,21 +86,36 @@ class CheckpointStore:
         self._metrics = metrics
         self._writer: threading.Thread | None = None
         self._best_return = float("-inf")
+        self._refused: set[Path] = set()
 
     def latest(self, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
-        """The newest usable checkpoint, if any; ``accept`` raises ValueError for one that does not fit."""
+        """The newest usable checkpoint; ``accept`` raises ValueError for one that does not fit.
+
+        None if there are no checkpoints. CheckpointError if there are some and not one is usable: to begin
+        again from nothing is for a person to decide.
+        """
+        for leftover in self._directory.glob("*.tmp"):  # of a writer that was killed
+            leftover.unlink(missing_ok=True)
         best = self._directory / "best.pt"
         if best.exists():
             self._best_return = _mean_return_or_worst(best)
+        reasons = []
         for path in sorted(self._directory.glob("step-*.pt"), reverse=True):
             try:
                 checkpoint = read(path)
                 accept(checkpoint)
             except ValueError as error:
                 _log.error("checkpoint_refused", reason=error)
+                reasons.append(str(error))
+                self._refused.add(path)
             else:
                 self._metrics.checkpoint_timestamp_seconds.set(path.stat().st_mtime)
                 return checkpoint
+        if reasons:
+            raise CheckpointError(
+                f"{reasons[0]}; no other in {self._directory} is usable either. Mend that, or move them away "
+                "to begin from nothing"
+            )
         return None
 
     def save(
@@ -134,10 +156,13 @@ class CheckpointStore:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             _write_atomically(path, content)
+            self._refused.discard(path)
             if mean_return is not None and mean_return > self._best_return:
                 _write_atomically(self._directory / "best.pt", content)
                 self._best_return = mean_return
-            for old in sorted(self._directory.glob("step-*.pt"))[: -self._keep]:
+            # A refused file is neither counted nor deleted; with keep = 1 it would push out the good one.
+            usable = {*self._directory.glob("step-*.pt")} - self._refused
+            for old in sorted(usable)[: -self._keep]:
                 old.unlink()
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             self._metrics.checkpoint_failures.inc()
