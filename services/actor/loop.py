@@ -31,7 +31,7 @@ from services.ops.health import Heartbeat
 from services.ops.metrics import ActorMetrics
 from services.rl.envs import EnvSpec, Transition, VectorEnv
 from services.wire import codec
-from services.wire.messages import Client, Episode, PackedArray, Rollout
+from services.wire.messages import NO_VERSION, Client, Episode, PackedArray, Rollout
 from services.wire.sockets import RolloutSender
 
 SEND_POLL_S = 0.25
@@ -60,6 +60,8 @@ class Half:
         # Fresh memory for every unroll: sent rollouts share it with the socket until they have left.
         N, T, F = self.env.num_envs, self._length, self._history + self._length + 1
         self.t = 0
+        self.policy_version = NO_VERSION
+        """Of the weights that act in this unroll."""
         self.observation: NDArray[Any] = np.zeros(
             (N, F, *self._spec.observation_shape), self._spec.observation_dtype
         )
@@ -84,6 +86,9 @@ class Half:
 
     def act(self, policy: Policy) -> None:
         """Choose the actions for the newest observation and let the environments step."""
+        if self.t == 0:
+            self.policy_version = policy.version
+        assert policy.version == self.policy_version, "weights were exchanged inside an unroll"
         window = slice(self.t, self.t + self._history + 1)
         actions, logits = policy.act(self.observation[:, window], self.episode_start[:, window])
         self.action[:, self.t] = actions
@@ -211,7 +216,7 @@ class ActorLoop:
             actor_id=self._client.client_id,
             incarnation=self._client.incarnation,
             sequence=sequence,
-            policy_version=self._policy.version,
+            policy_version=half.policy_version,  # the policy may hold newer weights by now
             task=0,
             episodes=tuple(half.episodes[n]),
             arrays=half.pack(n, self._packer),
