@@ -124,4 +124,4 @@ def random_batch(config: RunConfig, spec: EnvSpec, actions: Discrete) -> Batch:
         else:
             values = rng.integers(0, 256 if array.high is None else array.high + 1, shape)
         arrays[name] = torch.from_numpy(values.astype(array.dtype))
-    return Batch(**arrays, lags=(0,) * config.batch_size, release=lambda: None)
+    return Batch(**arrays, policy_versions=(0,) * config.batch_size, release=lambda: None)

@@ -42,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) -> int:
     """Build, run, stop."""
+    logging.setup("actor", config.ops.log_level)
+    lifecycle = Lifecycle()
+    lifecycle.install_signals()
+    if parent_pid is not None:
+        lifecycle.watch_parent(parent_pid)
+
     import torch
 
     from services.actor.loop import ActorLoop, Half
@@ -57,16 +63,11 @@ def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) 
 
     torch.set_num_threads(config.actor.inference_threads)
     torch.set_num_interop_threads(1)
-    logging.setup("actor", config.ops.log_level)
     log = logging.get_logger("main")
     spec = env_spec(config.env)
     actions = Discrete(spec.num_actions)
     network = make_network(spec, config.network)
 
-    lifecycle = Lifecycle()
-    lifecycle.install_signals()
-    if parent_pid is not None:
-        lifecycle.watch_parent(parent_pid)
     registry = CollectorRegistry()
     metrics = ActorMetrics(registry)
     heartbeat = Heartbeat()
@@ -80,6 +81,7 @@ def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) 
         interval_s=config.actor.weights_interval_s,
         stopping=lifecycle.stopping,
     )
+    metrics.weights_age_seconds.set_function(weights.age_s)
     health = HealthServer(
         config.ops.host,
         config.ops.port,

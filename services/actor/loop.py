@@ -190,8 +190,6 @@ class ActorLoop:
         if newest is not None and newest.version != self._policy.version:
             self._policy.load(newest.version, newest.tensors)
             self._metrics.weights_version.set(newest.version)
-        if newest is not None:
-            self._metrics.weights_age_seconds.set(time.monotonic() - newest.received_s)
         self._seconds["weights"].inc(time.perf_counter() - started_s)
 
     def _ship(self, half: Half) -> bool:

@@ -80,6 +80,11 @@ class WeightsClient:
         """The leased seat, or NO_SEAT."""
         return self._client.seat
 
+    def age_s(self) -> float:
+        """Time since the newest weights arrived; 0 before any have."""
+        newest = self.newest
+        return time.monotonic() - newest.received_s if newest else 0.0
+
     def wait(self, timeout_s: float) -> Snapshot | None:
         """The newest weights once there are any and a seat is leased, or None after ``timeout_s``."""
         deadline_s = time.monotonic() + timeout_s

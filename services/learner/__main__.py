@@ -44,7 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None) -> int:
     """Build, run, stop."""
+    logging.setup("learner", config.ops.log_level)
+    lifecycle = Lifecycle()
+    lifecycle.install_signals()
+    if parent_pid is not None:
+        lifecycle.watch_parent(parent_pid)
+
     import torch
+    from safetensors import SafetensorError
 
     from services.learner.batch import Batcher, message_bytes, rollout_schema
     from services.learner.checkpoint import Checkpoint, CheckpointStore
@@ -62,7 +69,6 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
     from services.wire.messages import Client, RunState
     from services.wire.sockets import Requester, RolloutReceiver
 
-    logging.setup("learner", config.ops.log_level)
     log = logging.get_logger("main")
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
@@ -86,10 +92,6 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
         group=group,
     )
 
-    lifecycle = Lifecycle()
-    lifecycle.install_signals()
-    if parent_pid is not None:
-        lifecycle.watch_parent(parent_pid)
     registry = CollectorRegistry()
     metrics = LearnerMetrics(registry)
     metrics.world_size.set(group.world_size)
@@ -120,7 +122,14 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
     state: RunState = "complete" if trainer.complete else "training"
     newer = publisher.fetch_newer(trainer.version, trainer.steps, state, FIND_NEWER_S)
     if newer is not None:
-        trainer.load(tensors_of(newer))
+        try:
+            trainer.load(tensors_of(newer))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"run_id = {config.run_id!r}: the parameter server holds version {newer.version}, which does "
+                f"not fit this network ({' '.join(str(error).split())}); allowed is the network that the run "
+                "began with, or another run_id"
+            ) from None
         trainer.version, trainer.steps = newer.version, newer.steps
     metrics.policy_version.set(trainer.version)
     metrics.steps.set(trainer.steps)
@@ -137,12 +146,12 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
 
     queue = RolloutQueue(config.queue_capacity)
     freshness = Freshness(lambda: trainer.version, config.learner.max_policy_lag)
-    receiver = RolloutReceiver(
-        config.wire.learner_bind, config.wire.receive_queue, config.wire.max_message_bytes
-    )
+    # What is more than twice too large, libzmq refuses before it allocates; what is less, we count.
+    most_bytes = message_bytes(schema)
+    receiver = RolloutReceiver(config.wire.learner_bind, config.wire.receive_queue, 2 * most_bytes)
     intake = Intake(
         receiver=receiver,
-        expected=codec.Expected(run_id=config.run_id, max_message_bytes=message_bytes(schema), schema=schema),
+        expected=codec.Expected(run_id=config.run_id, max_message_bytes=most_bytes, schema=schema),
         queue=queue,
         freshness=freshness,
         on_episode=episodes.add,

@@ -11,6 +11,7 @@ Columns first: a rollout decompresses straight into its contiguous place, and ti
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -64,8 +65,8 @@ class Batch:
     behaviour_logits: Tensor
     reward: Tensor
     terminated: Tensor
-    lags: tuple[int, ...]
-    """Per rollout, policy versions behind when the batch was built."""
+    policy_versions: tuple[int, ...]
+    """Per rollout, the version that acted."""
     release: Callable[[], None]
 
 
@@ -121,26 +122,25 @@ class Batcher:
                 slot = self._free.get(timeout=POLL_S)
             except queue.Empty:
                 continue
-            lags = self._fill(slot)
-            if lags is not None:
-                self._ready.put(
-                    Batch(**slot.tensors, lags=lags, release=lambda slot=slot: self._free.put(slot))  # type: ignore[misc]
-                )
+            versions = self._fill(slot)
+            if versions is not None:
+                release = functools.partial(self._free.put, slot)
+                self._ready.put(Batch(**slot.tensors, policy_versions=versions, release=release))
 
     def _fill(self, slot: _Slot) -> tuple[int, ...] | None:
-        """Lags of the rollouts now in the slot; None if the pod stops before it is full."""
-        lags: list[int] = []
-        while len(lags) < self._batch_size:
-            taken = self._rollouts.take(self._batch_size - len(lags), POLL_S)
+        """Policy versions of the rollouts now in the slot; None if the pod stops before it is full."""
+        versions: list[int] = []
+        while len(versions) < self._batch_size:
+            taken = self._rollouts.take(self._batch_size - len(versions), POLL_S)
             if not taken and self._stopping.is_set():
                 return None
             for rollout in taken:
-                if self._freshness.stale(rollout):
+                if self._freshness.stale(rollout, updates_ahead=NUM_SLOTS - 1):
                     self._metrics.rollouts.labels("stale").inc()
-                elif self._unpack(rollout, slot, len(lags)):
-                    lags.append(self._freshness.lag(rollout))
+                elif self._unpack(rollout, slot, len(versions)):
+                    versions.append(rollout.policy_version)
             self._metrics.queue_depth.set(len(self._rollouts))
-        return tuple(lags)
+        return tuple(versions)
 
     def _unpack(self, rollout: Rollout, slot: _Slot, column: int) -> bool:
         try:

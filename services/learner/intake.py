@@ -63,13 +63,10 @@ class Freshness:
         self._current_version = current_version
         self._max_policy_lag = max_policy_lag
 
-    def lag(self, rollout: Rollout) -> int:
-        """Versions between the policy that acted and the newest one."""
-        return max(0, self._current_version() - rollout.policy_version)
-
-    def stale(self, rollout: Rollout) -> bool:
-        """Too far behind."""
-        return self.lag(rollout) > self._max_policy_lag
+    def stale(self, rollout: Rollout, updates_ahead: int = 0) -> bool:
+        """Too far behind, if ``updates_ahead`` more updates come before the one that it would be used in."""
+        lag = self._current_version() + updates_ahead - rollout.policy_version
+        return lag > self._max_policy_lag
 
 
 class Intake:

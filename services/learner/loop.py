@@ -27,6 +27,7 @@ from services.learner.trainer import Trainer
 from services.ops.health import Heartbeat
 from services.ops.logging import get_logger
 from services.ops.metrics import LearnerMetrics
+from services.wire.messages import NO_VERSION
 
 POLL_S = 0.25
 PUBLISH_LAST_S = 5.0
@@ -71,6 +72,7 @@ class LearnerLoop:
         self._clock = clock
         self._checkpoint_interval_s = checkpoint_interval_s
         self._log_interval_s = log_interval_s
+        self._offered = NO_VERSION
         self._stage = {
             stage: metrics.stage_seconds.labels(stage)
             for stage in ("wait", "h2d", "forward_backward", "allreduce", "publish")
@@ -78,7 +80,7 @@ class LearnerLoop:
 
     def run(self) -> None:
         """Train until all steps are done or the pod stops; either way the state is saved."""
-        self._publisher.offer(self._trainer.version, self._trainer.steps, "training")
+        self._publish()
         checkpoint_due_s = self._clock() + self._checkpoint_interval_s
         report_due_s = self._clock() + self._log_interval_s
         self._report()
@@ -108,9 +110,16 @@ class LearnerLoop:
         batch = self._batcher.next(POLL_S)
         waited_s = time.perf_counter() - waiting_s
         self._stage["wait"].observe(waited_s)
-        self._reporter.batch(batch.lags if batch else (), waited_s)
-        if batch is not None:
-            self._update(batch)
+        if batch is None:
+            self._reporter.waited(waited_s)
+            self._publish()  # nothing is newer than what was skipped while another version was on its way
+            return
+        version = self._trainer.version
+        lags = [max(0, version - acted) for acted in batch.policy_versions]
+        self._reporter.batch(lags, waited_s)
+        for lag in lags:
+            self._metrics.policy_lag_versions.observe(lag)
+        self._update(batch)
 
     def _update(self, batch: Batch) -> None:
         copying_s = time.perf_counter()
@@ -128,7 +137,7 @@ class LearnerLoop:
         batch.release()
         publishing_s = time.perf_counter()
         self._stage["forward_backward"].observe(publishing_s - training_s)
-        self._publisher.offer(self._trainer.version, self._trainer.steps, "training")
+        self._publish()
         self._stage["publish"].observe(time.perf_counter() - publishing_s)
         new_steps = self._trainer.steps - steps_before
         self._metrics.updates.inc()
@@ -136,8 +145,11 @@ class LearnerLoop:
         self._metrics.frames.inc(new_steps * self._frame_skip)
         self._metrics.policy_version.set(self._trainer.version)
         self._metrics.steps.set(self._trainer.steps)
-        for lag in batch.lags:
-            self._metrics.policy_lag_versions.observe(lag)
+
+    def _publish(self) -> None:
+        version = self._trainer.version
+        if version > self._offered and self._publisher.offer(version, self._trainer.steps, "training"):
+            self._offered = version
 
     def _report(self) -> None:
         self._reporter.report(

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,12 @@ class Reporter:
         self._lags: list[int] = []
         self._waited_s = 0.0
 
-    def batch(self, lags: tuple[int, ...], waited_s: float) -> None:
-        """Remember what one batch was like."""
+    def waited(self, seconds: float) -> None:
+        """The learner waited for a batch."""
+        self._waited_s += seconds
+
+    def batch(self, lags: Sequence[int], waited_s: float) -> None:
+        """A batch arrived, after some waiting; how far behind its rollouts were."""
         self._lags.extend(lags)
         self._waited_s += waited_s
 

@@ -102,9 +102,18 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from there."""
+        """Continue from there; ValueError or RuntimeError if it is another network's or optimiser's state."""
+        settings = [_settings(group) for group in self.optimiser.param_groups]
+        saved = state["optimiser"]["param_groups"]
+        if [_statistics(group) for group in saved] != [_statistics(group) for group in settings]:
+            raise ValueError(
+                "it was written with another optimiser.name, or with optimiser.rmsprop_momentum on instead of "
+                "off, or off instead of on"
+            )
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
+        for group, own in zip(self.optimiser.param_groups, settings, strict=True):
+            group.update(own)  # the configuration says how to go on, not the checkpoint
         self.version = state["version"]
         self.steps = state["steps"]
         torch.set_rng_state(state["rng"].cpu())
@@ -120,7 +129,7 @@ class Trainer:
             behaviour_logits=batch.behaviour_logits.to(self._device, non_blocking=True),
             reward=batch.reward.to(self._device, non_blocking=True),
             terminated=batch.terminated.to(self._device, non_blocking=True),
-            lags=batch.lags,
+            policy_versions=batch.policy_versions,
             release=batch.release,
         )
 
@@ -206,6 +215,16 @@ class Trainer:
             grad_norm=means[6],
             nonfinite_updates=nonfinite,
         )
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What one of an optimiser's groups was configured with."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _statistics(group: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Which kinds of averages an optimiser with these settings keeps: (Adam's, momentum)."""
+    return "betas" in group, bool(group.get("momentum"))
 
 
 def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.optim.Optimizer:
