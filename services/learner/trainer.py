@@ -107,8 +107,8 @@ class Trainer:
         saved = state["optimiser"]["param_groups"]
         if [_statistics(group) for group in saved] != [_statistics(group) for group in settings]:
             raise ValueError(
-                "it was written with another optimiser.name, or with optimiser.rmsprop_momentum on instead of "
-                "off, or off instead of on"
+                "it was written with another optimiser.name, or optimiser.rmsprop_momentum has become 0 or "
+                "ceased to be"
             )
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
