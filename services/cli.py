@@ -80,11 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from services.config import ConfigError
 
     try:
-        return _dispatch(arguments)
+        exit_code = _dispatch(arguments)
+        sys.stdout.flush()
+        return exit_code
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"impala: {line}", file=sys.stderr)
         return BAD_CONFIG
+    except KeyboardInterrupt:  # before the part itself took care of it
+        return 130
     except BrokenPipeError:  # `impala config --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

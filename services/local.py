@@ -45,6 +45,9 @@ STOP_TIMEOUTS_S: Mapping[str, float] = {"actor": 10.0, "learner": 30.0, "paramse
 """In the order of stopping: who sends goes before who receives, so that the learner's last checkpoint has
 nothing left to wait for. Whoever takes longer is killed."""
 
+LAST_PODS_S = 40.0
+"""How long a resumed run waits for pods that have just lost their launcher: they are saving."""
+
 POLL_S = 0.1
 SCRAPE_INTERVAL_S = 1.0
 SILENT_AFTER_S = 5.0
@@ -99,13 +102,7 @@ def open_run_dir(config: RunConfig, resume: bool) -> Iterator[int]:
     except OSError as error:
         raise ConfigError(f"run_dir = {run_dir}: cannot be written ({error.strerror})") from None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise ConfigError(
-                f"run_dir = {run_dir}: in use by another launcher (process {holder}) or its last pods"
-            ) from None
+        _wait_for_lock(lock, run_dir)
         os.truncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         for name in ("logs", "checkpoints"):
@@ -116,6 +113,21 @@ def open_run_dir(config: RunConfig, resume: bool) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
+
+
+def _wait_for_lock(lock: int, run_dir: Path) -> None:
+    """Take the lock; if only the last pods of a dead launcher hold it, wait for them to stop."""
+    deadline_s = time.monotonic() + LAST_PODS_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode(errors="replace")
+            if not holder.isdigit() or Path("/proc", holder).exists() or time.monotonic() > deadline_s:
+                raise ConfigError(
+                    f"run_dir = {run_dir}: in use by another launcher (process {holder}) or its last pods"
+                ) from None
+        time.sleep(POLL_S)
 
 
 def _write_json(path: Path, values: object) -> None:

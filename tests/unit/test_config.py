@@ -1,0 +1,346 @@
+"""The configuration as users meet it: layers, spellings, and a clear line for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services import config as configuration
+from services.config import ALIASES, PRESETS, ConfigError, RunConfig, describe, dump, load, schema, validate
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def complaint(*flags: str, file: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    """What a user is told about this configuration."""
+    with pytest.raises(ConfigError) as caught:
+        load(file, environment, flags)
+    return str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------- layers
+
+
+def test_without_anything_the_defaults_are_the_atari_column_of_the_paper() -> None:
+    config = load()
+    assert (config.unroll_length, config.batch_size, config.loss.discount) == (20, 32, 0.99)
+    assert (config.optimiser.learning_rate, config.optimiser.max_grad_norm) == (6e-4, 40.0)
+    assert config.total_steps * config.env.frame_skip == 200_000_000
+
+
+def test_each_layer_overrides_the_ones_before_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "preset: torchbeast\nbatch_size: 4\nseed: 2\ncheckpoint: {keep: 5}\n")
+    environment = {"IMPALA__SEED": "3", "IMPALA__CHECKPOINT__KEEP": "6"}
+    config = load(file, environment, ["--checkpoint.keep", "7"])
+    assert config.unroll_length == 80, "from the preset"
+    assert config.batch_size == 4, "from the file, over the preset"
+    assert config.seed == 3, "from the environment, over the file"
+    assert config.checkpoint.keep == 7, "from the flags, over all"
+
+
+def test_a_later_layer_may_choose_the_preset_and_earlier_values_still_override_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "preset: machado\nbatch_size: 16\n")
+    config = load(file, {}, ["--preset", "torchbeast"])
+    assert (config.preset, config.unroll_length, config.batch_size) == ("torchbeast", 80, 16)
+    assert config.env.sticky_actions == 0.0
+
+
+def test_layers_meet_within_a_section_and_not_over_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "loss: {entropy_cost: 0.02}\n")
+    config = load(file, {"IMPALA__LOSS__DISCOUNT": "0.9"}, ["--loss.baseline_cost", "0.25"])
+    assert (config.loss.entropy_cost, config.loss.discount, config.loss.baseline_cost) == (0.02, 0.9, 0.25)
+
+
+def test_environment_arguments_are_replaced_whole(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "env: {id: catch, kwargs: {rows: 8, columns: 4}}\n")
+    assert load(file, {}, ["--env.kwargs", "{rows: 12}"]).env.kwargs == {"rows": 12}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid(preset: str) -> None:
+    assert load(flags=["--preset", preset]).preset == preset
+
+
+def test_an_empty_file_is_a_file_of_defaults(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "run.yaml", "# nothing yet\n")) == load()
+
+
+def test_json_is_read_too(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.json", json.dumps({"seed": 5, "optimiser": {"learning_rate": 1e-5}}))
+    assert load(file).optimiser.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize("spelling", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "+1e-4", "100e-6"])
+def test_yaml_reads_every_usual_spelling_of_a_small_number(tmp_path: Path, spelling: str) -> None:
+    file = write(tmp_path / "run.yaml", f"optimiser: {{learning_rate: {spelling}}}\n")
+    assert load(file).optimiser.learning_rate == pytest.approx(1e-4)
+
+
+def test_a_whole_number_is_a_fine_value_for_a_real_one(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "run.yaml", "loss: {entropy_cost: 1}\n")).loss.entropy_cost == 1.0
+
+
+# ------------------------------------------------------------------------------- flags and variables
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--learner.queue_capacity", "64"],
+        ["--learner.queue_capacity=64"],
+        ["--learner.queue-capacity", "64"],
+    ],
+)
+def test_flags_have_several_spellings(flags: list[str]) -> None:
+    assert load(flags=flags).learner.queue_capacity == 64
+
+
+@pytest.mark.parametrize(("alias", "key"), ALIASES.items())
+def test_every_alias_is_its_key(alias: str, key: str) -> None:
+    section, name = key.split(".")
+    value = {"str": "cuda", "float": "0.5", "int": "8"}[
+        type(getattr(getattr(load(), section), name)).__name__
+    ]
+    assert load(flags=[f"--{alias}", value]) == load(flags=[f"--{key}", value]) != load()
+
+
+def test_the_last_of_two_equal_flags_counts() -> None:
+    assert load(flags=["--seed", "1", "--seed", "2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--env.life_loss_ends_episode"], True),
+        (["--env.life_loss_ends_episode", "true"], True),
+        (["--env.life_loss_ends_episode", "--seed", "3"], True),
+        (["--env.life_loss_ends_episode=true"], True),
+        (["--env.life_loss_ends_episode", "false"], False),
+        (["--env.life_loss_ends_episode=false"], False),
+    ],
+)
+def test_a_switch_needs_no_value(flags: list[str], value: bool) -> None:
+    assert load(flags=flags).env.life_loss_ends_episode is value
+
+
+@pytest.mark.parametrize("null", ["null", "none", "None"])
+def test_an_optional_value_can_be_taken_back(tmp_path: Path, null: str) -> None:
+    file = write(tmp_path / "run.yaml", "learner: {queue_capacity: 64}\n")
+    assert load(file, {}, ["--learner.queue_capacity", null]).learner.queue_capacity is None
+
+
+@pytest.mark.parametrize(
+    "value", ["tcp://a:1,tcp://b:2", '["tcp://a:1", "tcp://b:2"]', "[tcp://a:1, tcp://b:2]"]
+)
+def test_a_list_is_separated_by_commas_or_written_as_a_list(value: str) -> None:
+    assert load(flags=["--wire.learner_endpoints", value]).wire.learner_endpoints == (
+        "tcp://a:1",
+        "tcp://b:2",
+    )
+
+
+def test_only_variables_with_our_prefix_are_read() -> None:
+    """Kubernetes itself sets the others in the pods of a release that is called impala."""
+    kubernetes = {"IMPALA_LEARNER_PORT": "tcp://10.0.0.7:5555", "IMPALA_SEED": "9", "SEED": "9"}
+    assert load(None, kubernetes) == load()
+    assert load(None, {"IMPALA__OPTIMISER__LEARNING_RATE": "1e-4"}).optimiser.learning_rate == 1e-4
+    assert load(None, {"IMPALA__ENV__FULL_ACTION_SET": "true"}).env.full_action_set
+
+
+# -------------------------------------------------------------------------------------- bad settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--batch_szie", "32"], "--batch_szie: unknown key; did you mean batch_size?"),
+        (["--loss.learning_rate", "1"], "did you mean optimiser.learning_rate"),
+        (["--discount", "0.9"], "did you mean loss.discount?"),
+        (["--batch_size", "-3"], "--batch_size = '-3': allowed is greater than or equal to 1"),
+        (["--batch_size", "many"], "--batch_size = 'many': allowed is a valid integer"),
+        (["--batch_size", "32.5"], "--batch_size = '32.5': allowed is a valid integer"),
+        (["--batch_size"], "--batch_size: a value is missing"),
+        (["--seed=" + "9" * 30], "--seed"),
+        (["--optimiser.learning_rate", "nan"], "--optimiser.learning_rate = 'nan'"),
+        (["--optimiser.learning_rate", "inf"], "--optimiser.learning_rate = 'inf'"),
+        (["--optimiser.learning_rate", "0"], "allowed is greater than 0"),
+        (["--loss.discount", "1.01"], "allowed is less than or equal to 1"),
+        (["--actor.num_envs", "7"], "--actor.num_envs = '7': allowed is a multiple of 2"),
+        (["--optimiser.name", "sgd"], "allowed is 'rmsprop' or 'adam'"),
+        (["--env.full_action_set=perhaps"], "--env.full_action_set = 'perhaps'"),
+        (["--wire.learner_bind", "localhost:5555"], "--wire.learner_bind = 'localhost:5555'"),
+        (["--wire.learner_endpoints", "[]"], "wire.learner_endpoints"),
+        (["--run_id", "a b"], "--run_id = 'a b'"),
+        (["--ops.port", "65536"], "allowed is less than or equal to 65535"),
+        (["--preset", "impla"], "preset = 'impla': did you mean impala?"),
+        (["--no-seed"], "unknown key"),
+        (["--no-env.full_action_set=true"], "unknown key"),
+        (["train"], "'train' is not a flag; allowed is --key value"),
+        (["-x"], "'-x' is not a flag"),
+        (["--"], "'--' is not a flag"),
+        (["--env.kwargs", "{rows: "], "env.kwargs"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value_and_what_is_allowed(flags: list[str], told: str) -> None:
+    message = complaint(*flags)
+    assert told in message
+    assert "\n" not in message
+
+
+def test_a_wrong_element_of_a_list_is_named_by_its_place() -> None:
+    told = complaint("--wire.learner_endpoints", "tcp://a:1,localhost:5555")
+    assert "wire.learner_endpoints.1 = 'localhost:5555'" in told.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--learner.queue_capacity", "31"],
+            "learner.queue_capacity = 31: a batch of batch_size = 32 rollouts can never fill; allowed is",
+        ),
+        (
+            ["--total_steps", "639"],
+            "total_steps = 639: less than one update; allowed is at least unroll_length x batch_size = 640",
+        ),
+        (
+            ["--actors", "200", "--learner.max_policy_lag", "199"],
+            "learner.max_policy_lag = 199: actors x actor.num_envs = 6400 environments finish 200 batches",
+        ),
+        (
+            ["--paramserver.hold_s", "30"],
+            "paramserver.hold_s = 30.0: allowed is less than paramserver.seat_lease_s = 30.0",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(flags: list[str], told: str) -> None:
+    assert told in complaint(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--learner.queue_capacity", "32"],
+        ["--total_steps", "640"],
+        ["--actors", "200", "--learner.max_policy_lag", "200"],
+        ["--paramserver.hold_s", "29.9"],
+    ],
+)
+def test_the_last_settings_that_do_not_contradict_each_other_are_accepted(flags: list[str]) -> None:
+    load(flags=flags)
+
+
+def test_a_wrong_variable_is_named_as_it_was_written() -> None:
+    told = complaint(environment={"IMPALA__BATCH_SIZE": "x"})
+    assert told.startswith("IMPALA__BATCH_SIZE = 'x': allowed is a valid integer")
+    assert complaint(environment={"IMPALA__BATCHSIZE": "8"}).startswith(
+        "IMPALA__BATCHSIZE: unknown key; did you"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("batch_size: '32'", "batch_size = '32': allowed is a valid integer"),
+        ("batch_size: 32.0", "batch_size = 32.0"),
+        ("batch_size: true", "batch_size = True"),
+        ("batch_size: null", "batch_size = None"),
+        ("env: catch", "env = 'catch'"),
+        ("env: {id: 7}", "env.id = 7: allowed is a valid string"),
+        ("env: {idd: catch}", "env.idd = 'catch': unknown key; did you mean env.id"),
+        ("learning_rate: 1", "learning_rate = 1: unknown key; did you mean optimiser.learning_rate"),
+        ("optimiser: {learning_rate: .nan}", "optimiser.learning_rate"),
+        ("preset: [impala]", "preset = ['impala']"),
+        ("seed: 1\nseed: 2", "key 'seed' stands twice"),
+        ("env: {id: a, id: b}", "key 'id' stands twice"),
+        ("- seed", "allowed is a mapping of keys to values"),
+        ("seed: [", "run.yaml"),
+        ("seed: !!python/object/apply:os.system [false]", "run.yaml"),
+        ("run_id: 2020-01-01", "not plain data: Object of type date"),
+        ("1: 2", "unknown key"),
+    ],
+)
+def test_a_wrong_file_is_told_what_is_wrong_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+    message = complaint(file=write(tmp_path / "run.yaml", text))
+    assert told in message
+    assert "\n" not in message
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "batch_size: 0\nseed: -1\nloss: {discount: 2, gamma: 1}\n")
+    lines = complaint(file=file).splitlines()
+    assert len(lines) == 4
+    assert {line.partition(" = ")[0] for line in lines} == {
+        "batch_size",
+        "seed",
+        "loss.discount",
+        "loss.gamma",
+    }
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    assert complaint(file=tmp_path / "none.yaml") == (
+        f"configuration file {tmp_path / 'none.yaml'}: No such file or directory"
+    )
+    assert "Is a directory" in complaint(file=tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert str(tmp_path / "binary.yaml") in complaint(file=tmp_path / "binary.yaml")
+
+
+# --------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--preset", "torchbeast", "--env", "catch", "--env.kwargs", "{rows: 8, name: x, slow: null}"],
+        ["--wire.learner_endpoints", "tcp://a:1,tcp://b:2", "--learner.queue_capacity", "64"],
+    ],
+)
+def test_a_dumped_configuration_is_the_same_again(tmp_path: Path, flags: list[str]) -> None:
+    config = load(flags=flags)
+    assert validate(dump(config)) == config
+    assert load(write(tmp_path / "a.json", json.dumps(dump(config)))) == config
+    assert load(write(tmp_path / "b.yaml", yaml.safe_dump(dump(config)))) == config
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(load(), "seed", 2)  # noqa: B010  (mypy would refuse the plain spelling)
+
+
+def test_every_knob_is_documented_and_can_be_set_to_its_default_by_its_flag() -> None:
+    default = load()
+    for key, value, text in describe():
+        assert len(text) > 3, key
+        decoded: Any = json.loads(value)
+        spelled = decoded if isinstance(decoded, str) else value
+        assert load(flags=[f"--{key}={spelled}"]) == default, key
+
+
+def test_the_schema_knows_every_section_and_refuses_unknown_keys() -> None:
+    document = schema()
+    assert set(RunConfig.model_fields) == set(document["properties"])
+    assert document["additionalProperties"] is False
+    assert all(section["additionalProperties"] is False for section in document["$defs"].values())
+
+
+def test_importing_the_configuration_imports_nothing_heavy() -> None:
+    program = "import sys, services.config; print([m for m in ('torch', 'zmq', 'numpy') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_derived_figures() -> None:
+    config = load(flags=["--unroll_length", "10", "--batch_size", "4"])
+    assert config.steps_per_update == 40
+    assert config.queue_capacity == 8
+    assert load(flags=["--learner.queue_capacity", "100"]).queue_capacity == 100
+    assert configuration.ENVIRONMENT_PREFIX == "IMPALA__"
