@@ -212,7 +212,6 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
     for thread in [*threads, publishing]:
         thread.join(STOP_S)
     receiver.close()
-    reporter.close()
     health.close()
     log.info("stopped", exit_code=lifecycle.exit_code, steps=trainer.steps, policy_version=trainer.version)
     return lifecycle.exit_code

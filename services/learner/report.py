@@ -1,12 +1,18 @@
 """What a run says about itself: Prometheus gauges, one JSON line per interval, TensorBoard events.
 
-Steps are agent steps; frames are steps x frame_skip. Returns are raw and of whole episodes.
+Steps are agent steps; frames are steps x frame_skip. Returns are raw and of whole episodes. Files grow by
+whole lines and whole events or not at all: a disk that is full for a while costs these lines and no others,
+and never holds up the training.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -14,7 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from services.learner.trainer import Figures
 from services.ops.logging import get_logger
@@ -77,8 +85,8 @@ class Reporter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
+        self._lines = run_dir / "metrics.jsonl"
+        self._events = run_dir / "tensorboard" / _event_file_name()
         self._task = task
         self._frame_skip = frame_skip
         self._metrics = metrics
@@ -131,23 +139,16 @@ class Reporter:
             "nonfinite_updates": figures.nonfinite_updates,
         }
         line = {
-            key: None if isinstance(value, float) and math.isnan(value) else value
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in line.items()
         }
         self._since_s, self._steps_before, self._lags, self._waited_s = now_s, steps, [], 0.0
         self._to_prometheus(line)
         try:
-            self._lines.write(json.dumps(line) + "\n")
-            for key, value in line.items():
-                if value is not None and key not in ("time", "steps"):
-                    self._tensorboard.add_scalar(key, value, steps)
+            _append(self._lines, json.dumps(line, allow_nan=False).encode() + b"\n")
+            _append(self._events, _event(line), header=_record(Event(file_version="brain.Event:2")))
         except OSError as error:  # a full disk must not end the training
             _log.warning("report_not_written", error=error)
-
-    def close(self) -> None:
-        """Flush."""
-        self._lines.close()
-        self._tensorboard.close()
 
     def _to_prometheus(self, line: Mapping[str, float | int | None]) -> None:
         gauges = {
@@ -172,3 +173,43 @@ class Reporter:
 
 def _mean(values: list[float] | list[int]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _append(path: Path, data: bytes, header: bytes = b"") -> None:
+    """Add ``data`` to the file, in a new one after ``header``; or, with an OSError, nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        data = data if end else header + data
+        written = 0
+        try:
+            written = file.write(data)
+        finally:
+            if written < len(data):
+                file.truncate(end)
+        if written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _event_file_name() -> str:
+    """As TensorBoard looks for it; another one for every life of the learner."""
+    return f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+
+
+def _event(line: Mapping[str, float | int | None]) -> bytes:
+    values = [
+        Summary.Value(tag=key, simple_value=value)
+        for key, value in line.items()
+        if value is not None and key not in ("time", "steps")
+    ]
+    return _record(Event(wall_time=line["time"], step=line["steps"], summary=Summary(value=values)))
+
+
+def _record(event: Event) -> bytes:
+    """TensorBoard's framing. Not tensorboardX's writer: its thread dies of a full disk, and then its callers
+    wait for ever for room in its queue."""
+    data: bytes = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join(
+        (length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data)))
+    )

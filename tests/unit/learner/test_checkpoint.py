@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-import resource
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from services.learner.checkpoint import (
     read,
     to_host,
 )
+from tests.unit.learner.disk import full_disk
 from tests.unit.learner.rollouts import Counts
 
 DEADLINE_S = 10.0
@@ -371,17 +369,6 @@ def test_a_refused_file_that_is_written_again_counts_like_any_other(tmp_path: Pa
 
 
 # --- disks that fail -------------------------------------------------------------------------------
-
-
-@contextmanager
-def full_disk(room_bytes: int) -> Iterator[None]:
-    """No file grows beyond ``room_bytes``; more is an OSError (EFBIG), as ENOSPC would be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room_bytes", [0, 1, 4096, 100_000])
