@@ -1,0 +1,591 @@
+"""The parameter server as a process, with real sockets: many clients, restarts, garbage, and its own end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.wire.codec import Expected, decode, encode
+from services.wire.messages import (
+    Client,
+    Goodbye,
+    Message,
+    Publish,
+    Published,
+    Pull,
+    Refusal,
+    Weights,
+)
+from services.wire.sockets import Requester, wait
+from tests.unit.wire.mutations import Mutator
+
+pytestmark = pytest.mark.integration
+
+RUN = "run"
+LIMIT = 8 << 20
+PATIENCE_S = 30.0
+EXPECTED = Expected(run_id=RUN, max_message_bytes=LIMIT)
+QUICK = ("--paramserver.hold_s", "0.5", "--paramserver.snapshot_interval_s", "0.05")
+
+
+class Process:
+    """A parameter server, and what it logs."""
+
+    def __init__(self, run_dir: Path, *flags: str, bind: str = "tcp://127.0.0.1:*") -> None:
+        command = [sys.executable, "-m", "services.paramserver", "--run_id", RUN, "--run_dir", str(run_dir)]
+        command += ["--wire.paramserver_bind", bind, "--wire.max_message_bytes", str(LIMIT)]
+        command += ["--ops.host", "127.0.0.1", "--ops.port", "0", *flags]
+        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._serving = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        with self.popen.stderr as stderr:
+            for line in stderr:
+                self.lines.append(line)
+                if " serving " in line:
+                    self._serving.set()
+        self._serving.set()
+
+    def started(self) -> Process:
+        assert self._serving.wait(PATIENCE_S)
+        assert self.popen.poll() is None, self.log()
+        return self
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def logged(self, pattern: str) -> str:
+        found = re.search(pattern, self.log())
+        assert found, self.log()
+        return found[1]
+
+    @property
+    def endpoint(self) -> str:
+        return self.logged(r"endpoint=(\S+)")
+
+    def get(self, path: str) -> tuple[int, str]:
+        """What its HTTP endpoint answers."""
+        url = f"http://127.0.0.1:{self.logged(r'ops_port=([0-9]+)')}{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE_S) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def count(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
+        samples = [s for m in text_string_to_metric_families(self.get("/metrics")[1]) for s in m.samples]
+        return sum(
+            s.value
+            for s in samples
+            if s.name == f"impala_paramserver_{name}" and labels.items() <= s.labels.items()
+        )
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal; the exit code."""
+        self.popen.send_signal(number)
+        code = self.popen.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        return code
+
+
+class Actor:
+    """Keeps one request open, as an actor does, and says which seat it holds."""
+
+    def __init__(self, endpoint: str, name: str) -> None:
+        self.socket = Requester(endpoint, LIMIT)
+        self.name = name
+        self.seat = -1
+        self.version = -1
+        self.payload = b""
+
+    @property
+    def client(self) -> Client:
+        return Client(client_id=self.name, incarnation=1, seat=self.seat)
+
+    def ask(self) -> None:
+        pull = Pull(run_id=RUN, sender=self.client, have_version=self.version, seats_for=(self.client,))
+        assert self.socket.send(encode(pull), PATIENCE_S)
+
+    def hear(self, timeout_s: float = PATIENCE_S) -> Weights:
+        frames = self.socket.receive(timeout_s)
+        assert frames is not None, f"{self.name} was not answered"
+        return self.take(decode(frames, EXPECTED))
+
+    def take(self, message: Message) -> Weights:
+        assert isinstance(message, Weights), message
+        (self.seat,) = message.seats
+        if message.payload is not None:
+            self.version, self.payload = message.version, bytes(message.payload)
+        return message
+
+    def ask_and_hear(self) -> Weights:
+        self.ask()
+        return self.hear()
+
+
+def hear_all(actors: Sequence[Actor]) -> list[Weights]:
+    """One answer for each, in whatever order they come; one poll loop."""
+    answers: dict[str, Weights] = {}
+    deadline_s = time.monotonic() + PATIENCE_S
+    while len(answers) < len(actors):
+        assert time.monotonic() < deadline_s, f"{len(answers)} of {len(actors)} were answered"
+        waiting = [actor for actor in actors if actor.name not in answers]
+        wait([actor.socket for actor in waiting], 1.0)
+        for actor in waiting:
+            frames = actor.socket.receive(0.0)
+            if frames is not None:
+                answers[actor.name] = actor.take(decode(frames, EXPECTED))
+    return [answers[actor.name] for actor in actors]
+
+
+def request(endpoint: str, message: Message) -> Message:
+    with Requester(endpoint, LIMIT) as client:
+        assert client.send(encode(message), PATIENCE_S)
+        frames = client.receive(PATIENCE_S)
+        assert frames is not None
+        return decode([bytes(frame) for frame in frames], EXPECTED)
+
+
+def publish(endpoint: str, version: int, payload: bytes | None) -> Message:
+    learner = Client(client_id="learner", incarnation=1)
+    message = Publish(
+        run_id=RUN,
+        sender=learner,
+        state="training",
+        version=version,
+        steps=version * 640,
+        payload=payload,
+    )
+    return request(endpoint, message)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """For what another process does in its own time."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline_s
+        pause.wait(0.02)
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start parameter servers that do not outlive the test."""
+    processes: list[Process] = []
+
+    def start_one(*flags: str, **keywords: str) -> Process:
+        processes.append(Process(tmp_path / "runs", *flags, **keywords))
+        return processes[-1]
+
+    yield start_one
+    for process in processes:
+        process.popen.kill()
+        process.popen.wait()
+
+
+@pytest.fixture
+def actors() -> Iterator[Callable[[str, int], list[Actor]]]:
+    """Make actors whose sockets do not outlive the test."""
+    made: list[Actor] = []
+
+    def make(endpoint: str, count: int) -> list[Actor]:
+        new = [Actor(endpoint, f"actor-{len(made) + i}") for i in range(count)]
+        made.extend(new)
+        return new
+
+    yield make
+    for actor in made:
+        actor.socket.close()
+
+
+Make = Callable[[str, int], list[Actor]]
+
+# --- many clients -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_64_actors_get_64_seats_and_every_one_the_new_weights(
+    start: Start, actors: Make, tmp_path: Path, transport: str
+) -> None:
+    bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{tmp_path}/ps"
+    server = start(*QUICK, bind=bind).started()
+    crowd = actors(server.endpoint, 64)
+    for actor in crowd:
+        actor.ask()
+    first = hear_all(crowd)
+    assert sorted(actor.seat for actor in crowd) == list(range(64))
+    assert {(weights.state, weights.version) for weights in first} == {("waiting", -1)}
+
+    for actor in crowd:
+        actor.ask()
+    payload = os.urandom(1 << 20)
+    assert publish(server.endpoint, 0, payload) == Published(
+        run_id=RUN, server_incarnation=first[0].server_incarnation, version=0
+    )
+    hear_all(crowd)
+    while any(actor.version < 0 for actor in crowd):  # whose request had run out when it was published
+        late = [actor for actor in crowd if actor.version < 0]
+        for actor in late:
+            actor.ask()
+        hear_all(late)
+    assert all(actor.payload == payload for actor in crowd)
+
+    for actor in crowd:
+        actor.ask()
+    assert {weights.payload for weights in hear_all(crowd)} == {None}  # held, and nothing came
+    assert server.count("pulls_total", result="full") == 64
+    assert server.count("sent_bytes_total") >= 64 << 20
+    assert (server.count("seats"), server.count("version")) == (64, 0)
+    request_goodbyes(crowd)
+    eventually(lambda: server.count("seats") == 0)
+
+
+def request_goodbyes(crowd: Sequence[Actor]) -> None:
+    for actor in crowd:
+        assert actor.socket.send(encode(Goodbye(run_id=RUN, sender=actor.client)), PATIENCE_S)
+
+
+def test_a_client_that_never_reads_holds_up_nobody_and_costs_bounded_memory(
+    start: Start, actors: Make
+) -> None:
+    server = start(*QUICK).started()
+    deaf, alive = actors(server.endpoint, 2)
+    for version in range(40):
+        publish(server.endpoint, version, os.urandom(2 << 20))
+        deaf.version = -1
+        deaf.ask()
+        begin_s = time.monotonic()
+        alive.ask_and_hear()
+        assert time.monotonic() - begin_s < 5.0
+    assert alive.version == 39
+    assert resident_bytes(server) < 200 << 20  # not all 80 MB that it did not read, 40 times over
+
+
+# --- memory and modules -----------------------------------------------------------------------------------
+
+
+def resident_bytes(process: Process, field: str = "VmRSS") -> int:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    status = Path(f"/proc/{process.popen.pid}/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+
+
+def test_the_process_stays_under_100_mb_and_has_no_torch_in_it(start: Start, actors: Make) -> None:
+    server = start(*QUICK).started()
+    crowd = actors(server.endpoint, 16)
+    for version in range(10):
+        publish(server.endpoint, version, os.urandom(3 << 20))
+        for actor in crowd:
+            actor.ask()
+        hear_all(crowd)
+    eventually((server_dir(server) / "snapshot").exists)
+    assert resident_bytes(server) < 100_000_000
+    maps = Path(f"/proc/{server.popen.pid}/maps").read_text(encoding="utf-8")
+    assert "numpy" in maps
+    assert "torch" not in maps
+
+
+def server_dir(process: Process) -> Path:
+    arguments = process.popen.args
+    assert isinstance(arguments, list)
+    return Path(arguments[arguments.index("--run_dir") + 1]) / "paramserver"
+
+
+def test_importing_the_process_imports_no_torch() -> None:
+    code = "import sys, services.paramserver.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+# --- restarts ---------------------------------------------------------------------------------------------
+
+
+def test_after_kill_9_actors_keep_their_seats_and_late_joiners_get_the_snapshot(
+    start: Start, actors: Make
+) -> None:
+    first = start(*QUICK).started()
+    endpoint = first.endpoint
+    crowd = actors(endpoint, 8)
+    for actor in crowd:
+        actor.ask()
+    hear_all(crowd)
+    seats = [actor.seat for actor in crowd]
+    assert sorted(seats) == list(range(8))
+    payload = os.urandom(1 << 20)
+    publish(endpoint, 3, payload)
+    for actor in crowd:
+        actor.ask()
+    before = hear_all(crowd)[0]
+    eventually((server_dir(first) / "snapshot").exists)
+    assert first.end(signal.SIGKILL) == -signal.SIGKILL
+
+    second = start(*QUICK, bind=endpoint).started()
+    crowd.reverse()  # who had seat 0 comes last
+    for actor in crowd:  # over the same sockets, which reconnect by themselves
+        actor.ask()
+    after = hear_all(crowd)
+    assert [actor.seat for actor in reversed(crowd)] == seats
+    assert {(weights.version, weights.payload) for weights in after} == {(3, None)}
+    assert after[0].server_incarnation != before.server_incarnation
+    (newcomer,) = actors(endpoint, 1)
+    newcomer.ask_and_hear()
+    assert (newcomer.seat, newcomer.version, newcomer.payload) == (8, 3, payload)
+    assert "snapshot_restored" in second.log()
+
+
+def test_an_actor_that_lost_its_seat_to_a_faster_newcomer_is_given_another(
+    start: Start, actors: Make
+) -> None:
+    first = start(*QUICK).started()
+    holder, thief = actors(first.endpoint, 2)
+    holder.ask_and_hear()
+    first.end(signal.SIGKILL)
+    start(*QUICK, bind=first.endpoint).started()
+    thief.ask_and_hear()
+    assert thief.seat == 0
+    holder.ask_and_hear()
+    assert holder.seat == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other run"])
+def test_a_snapshot_that_cannot_be_trusted_is_refused_in_one_line_and_the_server_starts_empty(
+    start: Start, damage: str
+) -> None:
+    first = start(*QUICK).started()
+    publish(first.endpoint, 3, b"weights")
+    assert first.end() == 0
+    path = server_dir(first) / "snapshot"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "foreign":
+        path.write_bytes(os.urandom(1000))
+    second = start(*QUICK, *(("--run_id", "another") if damage == "other run" else ())).started()
+    assert second.log().count("snapshot_refused") == 1
+    if damage != "other run":
+        answer = publish(second.endpoint, 1, None)
+        assert isinstance(answer, Published)
+        assert answer.version == -1
+    assert second.end() == 0
+
+
+def test_a_disk_that_cannot_be_written_is_counted_and_changes_nothing_else(
+    start: Start, actors: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").write_text("a file where a directory should be")
+    server = start(*QUICK).started()
+    publish(server.endpoint, 3, b"weights")
+    eventually(lambda: server.count("snapshot_failures_total") >= 2)
+    (actor,) = actors(server.endpoint, 1)
+    actor.ask_and_hear()
+    assert actor.payload == b"weights"
+    assert server.end() == 0
+
+
+# --- garbage ----------------------------------------------------------------------------------------------
+
+
+def test_garbage_of_all_kinds_is_counted_and_the_server_goes_on(start: Start, actors: Make) -> None:
+    server = start(*QUICK).started()
+    publish(server.endpoint, 1, b"weights")
+    mutator = Mutator(seed=3)
+    clients = [Requester(server.endpoint, LIMIT) for _ in range(5)]
+    for number in range(1000):
+        frames = mutator.draw() or [b""]
+        assert clients[number % 5].send(frames, PATIENCE_S)
+    rng = np.random.default_rng(3)
+    host, port = server.endpoint.removeprefix("tcp://").split(":")
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
+    left_open = []
+    for number in range(100):
+        raw = socket.create_connection((host, int(port)), PATIENCE_S)
+        raw.sendall(
+            [rng.bytes(200), b"GET / HTTP/1.1\r\n\r\n", greeting, greeting + rng.bytes(200), b""][number % 5]
+        )
+        left_open.append(raw) if number % 2 else raw.close()
+    (actor,) = actors(server.endpoint, 1)
+    actor.ask_and_hear()
+    actor.ask_and_hear()
+    assert actor.version >= 1
+    refused = server.count("refused_requests_total")
+    assert 500 < refused <= 1000
+    assert server.count("refused_requests_total", reason="internal") == 0
+    assert server.get("/healthz")[0] == 200
+    for client in clients:
+        client.close()
+    for raw in left_open:
+        raw.close()
+    assert server.end() == 0
+    assert "Traceback" not in server.log()
+
+
+def test_a_frame_over_the_limit_costs_its_sender_the_connection_and_nobody_else(
+    start: Start, actors: Make
+) -> None:
+    server = start(*QUICK).started()
+    (actor,) = actors(server.endpoint, 1)
+    actor.ask_and_hear()
+    with Requester(server.endpoint, 16 * LIMIT) as sender:
+        assert sender.send([b"x" * (2 * LIMIT)], PATIENCE_S)
+        assert sender.receive(1.0) is None
+    actor.ask_and_hear()
+    with closing(Requester(server.endpoint, LIMIT)) as sender:  # each frame is small enough, their sum is not
+        assert sender.send([b"x" * (LIMIT // 4)] * 5, PATIENCE_S)
+        frames = sender.receive(PATIENCE_S)
+        assert frames is not None
+        refusal = decode(frames, EXPECTED)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "oversized"
+
+
+def test_a_peer_of_another_protocol_is_told_so(start: Start) -> None:
+    server = start(*QUICK).started()
+    with Requester(server.endpoint, LIMIT) as peer:
+        assert peer.send([b"\x93\x63\xa4pull\x90"], PATIENCE_S)
+        frames = peer.receive(PATIENCE_S)
+        assert frames is not None
+        refusal = decode(frames, EXPECTED)
+    assert isinstance(refusal, Refusal)
+    assert "the peer speaks protocol 99" in refusal.text
+
+
+# --- relays -----------------------------------------------------------------------------------------------
+
+
+def test_a_relay_survives_its_upstream_and_finds_it_again(start: Start, actors: Make) -> None:
+    root = start(*QUICK).started()
+    relay = start(*QUICK, "--paramserver.upstream", root.endpoint).started()
+    eventually(lambda: relay.get("/readyz")[0] == 200)
+    at_root, at_relay = actors(root.endpoint, 1) + actors(relay.endpoint, 1)
+    at_root.ask_and_hear()
+    while at_relay.seat < 0:
+        at_relay.ask_and_hear()
+    assert (at_root.seat, at_relay.seat) == (0, 1)
+    publish(root.endpoint, 1, b"one")
+    while at_relay.version < 1:
+        at_relay.ask_and_hear()
+    assert at_relay.payload == b"one"
+
+    root.end(signal.SIGKILL)
+    (late,) = actors(relay.endpoint, 1)
+    while late.version < 1:
+        late.ask_and_hear()
+    assert (late.payload, late.seat) == (b"one", -1)
+    start(*QUICK, bind=root.endpoint).started()
+    publish(root.endpoint, 2, b"two")
+    while at_relay.version < 2 or late.version < 2 or late.seat < 0:
+        at_relay.ask_and_hear()
+        late.ask_and_hear()
+    assert (at_relay.seat, late.seat, late.payload) == (1, 0, b"two")  # the first actor has not come back
+    assert relay.end() == 0
+    assert not list(server_dir(relay).glob("*.tmp"))
+
+
+def test_a_relay_is_alive_but_unready_until_upstream_has_answered(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        endpoint = f"tcp://127.0.0.1:{reserved.getsockname()[1]}"
+    relay = start(*QUICK, "--paramserver.upstream", endpoint).started()
+    assert relay.get("/readyz") == (503, "upstream has not answered yet\n")
+    assert relay.get("/healthz")[0] == 200
+    refusal = publish(relay.endpoint, 1, b"weights")
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "relay"
+    start(*QUICK, bind=endpoint).started()
+    eventually(lambda: relay.get("/readyz")[0] == 200)
+
+
+# --- the end ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_within_10_seconds_with_a_last_snapshot(
+    start: Start, number: signal.Signals
+) -> None:
+    server = start("--paramserver.snapshot_interval_s", "10000").started()
+    publish(server.endpoint, 3, b"weights")
+    assert not (server_dir(server) / "snapshot").exists()
+    begin_s = time.monotonic()
+    assert server.end(number) == 0
+    assert time.monotonic() - begin_s < 10.0
+    assert b"weights" in (server_dir(server) / "snapshot").read_bytes()
+    again = start().started()
+    answer = publish(again.endpoint, 3, None)
+    assert isinstance(answer, Published)
+    assert answer.version == 3
+
+
+def test_a_relay_without_upstream_ends_within_10_seconds(start: Start) -> None:
+    relay = start("--paramserver.upstream", "tcp://127.0.0.1:1").started()
+    begin_s = time.monotonic()
+    assert relay.end() == 0
+    assert time.monotonic() - begin_s < 10.0
+
+
+def test_it_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
+    launcher = (
+        "import os, subprocess, sys\n"
+        "flags = ['--parent-pid', str(os.getpid()), *sys.argv[1:]]\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'services.paramserver', *flags])\n"
+        "print(child.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    flags = ["--run_dir", str(tmp_path), "--ops.port", "0", "--wire.paramserver_bind", f"ipc://{tmp_path}/ps"]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", launcher, *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stderr is not None
+        while " serving " not in (line := parent.stderr.readline()):
+            assert line, "it did not start"
+        parent.kill()
+        rest = parent.stderr.read()  # until the server, which inherited it, has ended too
+    assert "parent process is gone" in rest
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--paramserver.hold_s", "-1"], "paramserver.hold_s"),
+        (["--paramserver.hold"], "--paramserver.hold: unknown key; did you mean paramserver.hold_s"),
+        (["--wire.paramserver_bind", "tcp://192.0.2.1:5556"], "cannot listen on tcp://192.0.2.1:5556"),
+        (
+            ["--ops.host", "192.0.2.1", "--wire.paramserver_bind", "tcp://127.0.0.1:*"],
+            "ops.host = '192.0.2.1'",
+        ),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
+    command = [sys.executable, "-m", "services.paramserver", "--run_dir", str(tmp_path), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
