@@ -3,9 +3,9 @@
 Pull
     is answered at once with what the client does not know: a newer version, or a seat other than the one that
     it says it holds. So an actor has its seat before any weights exist, and a lost answer is repeated to
-    whoever asks again. Without news the request is held until there is some, until the run's state changes,
-    or for ``hold_s``, and then answered without a payload. A peer has one request open; its next one
-    replaces it.
+    whoever asks again. (That it has no seat is no news, or who insists on one would be answered without
+    end.) Without news the request is held until there is some, until the run's state changes, or for
+    ``hold_s``, and then answered without a payload. A peer has one request open; its next one replaces it.
 Publish
     of a newer version replaces what is held, and all whose requests are held are answered. Versions never
     fall: an older publish changes nothing, is counted as refused (`stale`), and its answer names the version
@@ -33,6 +33,7 @@ from services.paramserver.membership import Membership
 from services.paramserver.store import Snapshot, Store
 from services.wire.codec import Expected, WireError, decode, encode
 from services.wire.messages import (
+    NO_SEAT,
     Buffer,
     Client,
     Goodbye,
@@ -162,7 +163,10 @@ class Server:
         return (
             snapshot.version > held.pull.have_version
             or snapshot.state != held.state
-            or any(self._membership.seat_of(client) != client.seat for client in held.pull.seats_for)
+            or any(
+                self._membership.seat_of(client) not in (client.seat, NO_SEAT)
+                for client in held.pull.seats_for
+            )
         )
 
     def _answer(self, peer: bytes, pull: Pull, since_s: float | None) -> Reply:

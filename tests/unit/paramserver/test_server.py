@@ -147,6 +147,15 @@ def test_in_a_full_house_a_seatless_client_gets_weights_and_is_held_for_its_seat
     assert node.pull(b"B", pull(B, 5)) == replace(first, seats=(0,), payload=None)
 
 
+def test_a_superseded_actor_that_insists_on_its_seat_is_held_and_not_answered_again_and_again(
+    node: Node,
+) -> None:
+    node.pull(b"A2", pull(client("a", incarnation=2, seat=0), 5))
+    assert node.pull(b"A", pull(SEATED_A, 5)) is None
+    node.pass_time(HOLD_S)
+    assert only(Weights, node.take(b"A")).seats == (-1,)
+
+
 def test_a_silent_actors_seat_goes_to_the_next_newcomer(node: Node) -> None:
     node.pass_time(LEASE_S)
     assert node.count("seats") == 0
