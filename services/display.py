@@ -73,7 +73,7 @@ def _progress_line(snapshot: Snapshot, width: int) -> RenderableType:
 def _remaining(snapshot: Snapshot) -> str:
     if snapshot.done_ratio >= 1.0:
         return "done"
-    if snapshot.pods and all(pod.phase == "stopped" for pod in snapshot.pods):
+    if _all_stopped(snapshot):
         return "stopped"
     if snapshot.eta_s is not None:
         return f"{_duration(snapshot.eta_s)} left"
@@ -114,12 +114,7 @@ def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
                 (_figure(snapshot.learning_rate), "lr"),
             ),
         ),
-        (
-            "saved",
-            Text("no checkpoint yet", style="dim")
-            if snapshot.checkpoint_age_s is None
-            else _figures((_duration(snapshot.checkpoint_age_s), "ago")),
-        ),
+        ("saved", _saved(snapshot)),
         ("", Text()),
         *_pod_rows(snapshot.pods),
     ]
@@ -127,6 +122,18 @@ def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
         lost = "   ".join(f"{count:,} {kind}" for kind, count in snapshot.troubles.items())
         rows += [("", Text()), ("lost", Text(lost, style="yellow"))]
     return rows
+
+
+def _all_stopped(snapshot: Snapshot) -> bool:
+    return bool(snapshot.pods) and all(pod.phase == "stopped" for pod in snapshot.pods)
+
+
+def _saved(snapshot: Snapshot) -> Text:
+    if _all_stopped(snapshot):  # the learner saves as the last thing it does, and then nobody can ask it
+        return Text("in checkpoints/", style="dim")
+    if snapshot.checkpoint_age_s is None:
+        return Text("no checkpoint yet", style="dim")
+    return _figures((_duration(snapshot.checkpoint_age_s), "ago"))
 
 
 def _return_line(snapshot: Snapshot, width: int) -> Text:
@@ -244,6 +251,9 @@ class Progress(Protocol):
     def event(self, name: str, **fields: object) -> None:
         """Something happened that is worth a line."""
 
+    def trouble(self, name: str, **fields: object) -> None:
+        """Something happened that should not have."""
+
     def close(self) -> None:
         """Leave the terminal as it was found."""
 
@@ -263,6 +273,10 @@ class PlainProgress:
     def event(self, name: str, **fields: object) -> None:
         """One line."""
         self._log.info(name, **fields)
+
+    def trouble(self, name: str, **fields: object) -> None:
+        """One line."""
+        self._log.warning(name, **fields)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -285,8 +299,15 @@ class LiveProgress:
 
     def event(self, name: str, **fields: object) -> None:
         """A line above the display."""
+        self._print(name, fields, style="bold")
+
+    def trouble(self, name: str, **fields: object) -> None:
+        """A line above the display that catches the eye."""
+        self._print(name, fields, style="bold yellow")
+
+    def _print(self, name: str, fields: Mapping[str, object], style: str) -> None:
         text = Text(time.strftime("%H:%M:%S ", time.localtime(self._clock())), style="dim")
-        text.append(name.replace("_", " "), style="bold")
+        text.append(name.replace("_", " "), style=style)
         text.append("".join(f"  {key}={format_value(value)}" for key, value in fields.items()))
         self._live.console.print(text, soft_wrap=True)
 

@@ -118,6 +118,7 @@ def open_run_dir(config: RunConfig, resume: bool) -> Iterator[int]:
 def _wait_for_lock(lock: int, run_dir: Path) -> None:
     """Take the lock; if only the last pods of a dead launcher hold it, wait for them to stop."""
     deadline_s = time.monotonic() + LAST_PODS_S
+    told = False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,6 +128,11 @@ def _wait_for_lock(lock: int, run_dir: Path) -> None:
                 raise ConfigError(
                     f"run_dir = {run_dir}: in use by another launcher (process {holder}) or its last pods"
                 ) from None
+        if not told:
+            print(
+                f"impala: the last pods of a killed launcher are still in {run_dir}; waiting", file=sys.stderr
+            )
+            told = True
         time.sleep(POLL_S)
 
 
@@ -425,7 +431,7 @@ class Launcher:
             return Outcome(exit_code=1, reason=often, details=details)
         pod.restarts += 1
         pod.start_at_s = now_s + delay_s
-        self._progress.event(
+        self._progress.trouble(
             "pod_died", pod=name, exit_code=code, restart=pod.restarts, restart_in_s=delay_s, last_words=words
         )
         return None
@@ -451,7 +457,7 @@ class Launcher:
                 # -SIGTERM: it was still starting, with nothing to save and no handler yet.
                 failed = pod.alive or pod.exit_code not in (0, -signal.SIGTERM)
                 if failed:
-                    self._progress.event(
+                    self._progress.trouble(
                         "pod_killed" if pod.alive else "pod_failed",
                         pod=pod.spec.name,
                         last_words=pod.last_words(),

@@ -169,6 +169,9 @@ class History:
         """Remember the learner's latest scrape, unless it is the one already known."""
         if learner is None or (self._window and self._window[-1].time_s == learner.time_s):
             return
+        started = "process_start_time_seconds"
+        if self._window and self._window[-1].get(started) != learner.get(started):
+            self._window.clear()  # a restarted learner counts from 0: what it did before says nothing
         self._window.append(learner)
         while len(self._window) > 2 and learner.time_s - self._window[1].time_s >= RATE_WINDOW_S:
             self._window.popleft()

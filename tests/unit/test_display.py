@@ -119,6 +119,7 @@ def test_the_picture_keeps_its_height_while_figures_come_in() -> None:
         ({"steps": 60_000_000}, "100 %"),
         ({"eta_s": None}, "waiting"),
         ({"pods": (pod("learner", "stopped"),)}, "stopped"),
+        ({"pods": (pod("learner", "stopped"),)}, "in checkpoints/"),
         ({"eta_s": 60.0 * 3600}, "2.5 days left"),
         ({"losses": {"total": math.nan}}, "nan total"),
         ({"grad_norm": math.inf}, "inf grad norm"),
@@ -165,7 +166,7 @@ def test_live_progress_draws_events_and_leaves_the_last_picture() -> None:
     console = Console(file=output, force_terminal=True, width=100, height=50, color_system=None)
     progress = LiveProgress(console, clock=lambda: 0.0)
     progress.update(EMPTY)
-    progress.event("pod_died", pod="actor-0", exit_code=1, last_words="out of memory")
+    progress.trouble("pod_died", pod="actor-0", exit_code=1, last_words="out of memory")
     progress.update(FULL)
     progress.close()
     text = output.getvalue()

@@ -150,6 +150,8 @@ class FakeProgress:
         self.events.append((name, fields))
         self.on_event(name)
 
+    trouble = event
+
     def close(self) -> None:
         pass
 

@@ -170,6 +170,19 @@ def test_history_keeps_the_last_two_scrapes_however_old(learner: FakeLearner) ->
     assert (history.before, history.now) == (first, second)
 
 
+def test_history_of_a_restarted_learner_begins_anew() -> None:
+    def scrape(time_s: float, started_s: float) -> Scrape:
+        return Scrape(time_s=time_s, samples={"process_start_time_seconds": started_s})
+
+    history = History()
+    history.add(scrape(0.0, started_s=100.0))
+    history.add(scrape(1.0, started_s=100.0))
+    history.add(scrape(2.0, started_s=200.0))
+    assert history.before is None
+    history.add(scrape(3.0, started_s=200.0))
+    assert history.before == scrape(2.0, started_s=200.0)
+
+
 def test_history_of_the_return_is_bounded_and_covers_the_whole_run() -> None:
     history = History()
     for second in range(5000):
