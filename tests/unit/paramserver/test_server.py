@@ -109,6 +109,25 @@ def test_a_newer_request_of_a_peer_replaces_its_older_one(node: Node) -> None:
     assert only(Weights, node.take(b"A")).request == 2
 
 
+def test_a_replaced_request_does_not_hold_up_those_that_came_in_between(node: Node) -> None:
+    evaluator = pull(client("eval"), 5, wants_seat=False)
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.pass_time(1.0)
+    node.pull(b"E", evaluator)
+    node.pass_time(1.0)
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.pass_time(HOLD_S - 1.0)
+    assert node.take(b"A") == []
+    assert only(Weights, node.take(b"E")).payload is None
+
+
+def test_a_request_that_is_answered_at_once_ends_the_one_held_before_it(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    assert node.pull(b"A", pull(SEATED_A, 4)) is not None
+    node.pass_time(HOLD_S)
+    assert node.take(b"A") == []
+
+
 def test_a_seat_other_than_the_one_held_is_told_at_once(node: Node) -> None:
     answer = node.pull(b"A", pull(client("a", seat=3), 5))
     assert answer is not None
