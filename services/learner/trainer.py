@@ -63,6 +63,7 @@ class Trainer:
         self.steps = 0
         """Agent steps trained."""
         self._parameters = list(self.network.parameters())
+        self._has_momentum = config.optimiser.name == "adam" or config.optimiser.rmsprop_momentum > 0
         self._actions = actions
         self._config = config
         self._frame_stack = frame_stack
@@ -164,7 +165,7 @@ class Trainer:
         grad_norm, finite = clip_or_zero(gradients, self._config.optimiser.max_grad_norm)
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = self.learning_rate
-        self.optimiser.step()
+        self._step_if(finite)
         self.version += 1
         self.steps += self._config.steps_per_update * self._group.world_size
         self._remember(
@@ -179,6 +180,17 @@ class Trainer:
             ],
             finite,
         )
+
+    def _step_if(self, finite: Tensor) -> None:
+        """Let the optimiser step; where ``finite`` is false the weights stay as they are."""
+        if not self._has_momentum:  # a gradient of zero, which it is then, moves nothing
+            self.optimiser.step()
+            return
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        self.optimiser.step()
+        with torch.no_grad():
+            for parameter, old in zip(self._parameters, before, strict=True):
+                parameter.copy_(torch.where(finite, parameter, old))
 
     def _remember(self, figures: list[Tensor], finite: Tensor) -> None:
         self._pending_updates += 1
@@ -245,8 +257,7 @@ def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.o
 def clip_or_zero(gradients: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
     """Scale in place to the global norm ``max_norm``, or to zero: (norm before, whether it was finite).
 
-    Without a round trip to the device there is no branch, so a bad update is one with a zero gradient:
-    without momentum no weight moves.
+    Without a round trip to the device there is no branch, so a bad update is one with a zero gradient.
     """
     norm = torch.nn.utils.get_total_norm(gradients)
     finite = torch.isfinite(norm)
