@@ -320,6 +320,6 @@ def copied(batch: Batch) -> Batch:
         behaviour_logits=batch.behaviour_logits.clone(),
         reward=batch.reward.clone(),
         terminated=batch.terminated.clone(),
-        lags=batch.lags,
+        policy_versions=batch.policy_versions,
         release=lambda: None,
     )
