@@ -200,13 +200,14 @@ class Publisher:
             if time.monotonic() > deadline_s or self._stopping.is_set():
                 self._trouble("parameter server not reachable")
                 return None
-        while True:
+        while not self._stopping.is_set():
             frames = requester.receive(POLL_S)
             if frames is not None:
                 return self._open(frames)
             if time.monotonic() > deadline_s:
                 self._trouble("parameter server does not answer")
                 return None
+        return None
 
     def _open(self, frames: list[Buffer]) -> Message | None:
         try:
