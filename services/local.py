@@ -209,7 +209,7 @@ def plan_pods(
 @contextlib.contextmanager
 def private_socket_dir() -> Iterator[Path]:
     """A short path that only this user can enter: the path of a Unix socket has at most 107 bytes."""
-    short = len(os.fsencode(tempfile.gettempdir())) < 60
+    short = len(os.fsencode(tempfile.gettempdir())) + len("/impala-12345678/paramserver") <= 100
     with tempfile.TemporaryDirectory(prefix="impala-", dir=None if short else "/tmp") as path:
         yield Path(path)
 

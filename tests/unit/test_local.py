@@ -319,6 +319,7 @@ def start_launcher(config: RunConfig, pods: Pods, tmp_path: Path) -> Iterator[St
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},  # a killed launcher leaves its sockets behind
         )
         started.append(process)
         return process
