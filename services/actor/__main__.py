@@ -88,7 +88,7 @@ def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) 
         registry,
         heartbeat,
         config.ops.liveness_timeout_s,
-        lambda: weights.trouble if weights.newest is None else None,
+        weights.missing,
     )
     log.info("started", actor_id=actor_id, env=config.env.id, port=health.port)
     puller = lifecycle.thread("weights", weights.run)

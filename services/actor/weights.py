@@ -80,6 +80,12 @@ class WeightsClient:
         """The leased seat, or NO_SEAT."""
         return self._client.seat
 
+    def missing(self) -> str | None:
+        """In a few words what there is to wait for before anything can be played, or None."""
+        if self.newest is None:
+            return self.trouble or "no weights have been published yet"
+        return self.trouble or "no seat is free" if self.seat == NO_SEAT else None
+
     def age_s(self) -> float:
         """Time since the newest weights arrived; 0 before any have."""
         newest = self.newest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from services.wire.messages import (
     Weights,
 )
 from tests.unit.learner.fake_server import DEADLINE_S, EXPECTED, RUN, FakeServer
+from tests.unit.learner.waiting import until
 
 LEARNER = Client(client_id="learner-0", incarnation=5)
 ANNOUNCE_S = 0.1
@@ -95,14 +96,6 @@ def scene(unstarted: Scene) -> Scene:
     unstarted.server.start()
     unstarted.thread.start()
     return unstarted
-
-
-def until(condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
-    """Wait for something that another thread does, and that no event tells."""
-    end_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end_s, "not in time"
-        threading.Event().wait(0.002)
 
 
 def value_of(publish: Publish) -> float:

@@ -1,0 +1,351 @@
+"""The actor always has the newest weights and its seat, whatever the parameter server does."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from services.actor import weights as weights_module
+from services.actor.weights import WeightsClient
+from services.wire.messages import (
+    NO_SEAT,
+    NO_VERSION,
+    Buffer,
+    Client,
+    Goodbye,
+    Published,
+    Pull,
+    Refusal,
+    RunState,
+    Weights,
+)
+from tests.unit.learner.fake_server import DEADLINE_S, EXPECTED, RUN, FakeServer
+from tests.unit.learner.waiting import until
+
+ACTOR = Client(client_id="actor-3", incarnation=11)
+HOLD_S = 0.25
+
+
+class Scene:
+    """A client in its thread, and the server that it talks to."""
+
+    def __init__(self, directory: Path, hold_s: float = 30.0, interval_s: float = 0.0) -> None:
+        self.server = FakeServer(directory)
+        self.stopping = threading.Event()
+        self.client = WeightsClient(
+            connect=self.server.connect,
+            client=ACTOR,
+            expected=EXPECTED,
+            hold_s=hold_s,
+            interval_s=interval_s,
+            stopping=self.stopping,
+        )
+        self.thread = threading.Thread(target=self.client.run, daemon=True)
+
+    def answer(
+        self,
+        version: int,
+        *,
+        seats: tuple[int, ...] = (4,),
+        with_payload: bool = True,
+        state: RunState = "training",
+    ) -> None:
+        """The weights are full of their version's number."""
+        payload = safetensors.torch.save({"weight": torch.full((3,), float(version))})
+        self.server.answer(
+            Weights(
+                run_id=RUN,
+                server_incarnation=1,
+                state=state,
+                version=version,
+                steps=max(0, version) * 640,
+                seats=seats,
+                payload=payload if with_payload else None,
+            )
+        )
+
+    def newest(self) -> tuple[int, float] | None:
+        """(version, the number in its weights)."""
+        snapshot = self.client.newest
+        return None if snapshot is None else (snapshot.version, float(snapshot.tensors["weight"][0]))
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.thread.join(DEADLINE_S)
+        assert not self.thread.is_alive()
+
+
+Make = Callable[..., Scene]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Builds scenes whose server and client are not running yet."""
+    scenes: list[Scene] = []
+    with tempfile.TemporaryDirectory(prefix="impala-", dir="/tmp") as directory:  # sockets need short paths
+
+        def make(**settings: float) -> Scene:
+            scenes.append(Scene(Path(directory), **settings))
+            return scenes[-1]
+
+        yield make
+        for scene in scenes:
+            if scene.thread.is_alive():
+                scene.stop()
+            scene.server.stop()
+
+
+@pytest.fixture
+def scene(make: Make) -> Scene:
+    scene = make()
+    scene.server.start()
+    scene.thread.start()
+    return scene
+
+
+@pytest.fixture
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "REFUSED_PAUSE_S", 0.01)
+
+
+# --- seat and weights --------------------------------------------------------------------------------
+
+
+def test_the_first_request_asks_for_anything_and_for_a_seat(scene: Scene) -> None:
+    pull = scene.server.next(Pull)
+    assert (pull.run_id, pull.sender, pull.have_version) == (RUN, ACTOR, NO_VERSION)
+    assert pull.seats_for == (ACTOR,)
+    assert ACTOR.seat == NO_SEAT
+
+
+def test_the_first_answer_brings_seat_and_weights(scene: Scene) -> None:
+    scene.server.next(Pull)
+    assert scene.client.wait(0.0) is None
+    scene.answer(5)
+    snapshot = scene.client.wait(DEADLINE_S)
+    assert snapshot is not None
+    assert (snapshot.version, snapshot.tensors["weight"].tolist()) == (5, [5.0] * 3)
+    assert scene.client.seat == 4
+    assert scene.client.state == "training"
+    assert 0 <= scene.client.age_s() < DEADLINE_S
+
+
+def test_later_requests_name_the_seat_and_the_version_that_the_actor_has(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(5)
+    pull = scene.server.next(Pull)
+    assert (pull.have_version, pull.sender.seat, pull.seats_for[0].seat) == (5, 4, 4)
+    scene.answer(5, with_payload=False)
+    assert scene.server.next(Pull) == pull
+
+
+def test_newer_weights_replace_older_ones_and_no_news_replaces_nothing(scene: Scene) -> None:
+    for version, with_payload in ((1, True), (1, False), (2, True), (9, True), (9, False)):
+        scene.server.next(Pull)
+        scene.answer(version, with_payload=with_payload)
+        until(lambda: scene.newest() == (version, version))  # noqa: B023
+
+
+def test_weights_without_a_seat_are_not_enough_to_play(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(5, seats=(NO_SEAT,))
+    pull = scene.server.next(Pull)
+    assert (pull.have_version, pull.sender.seat) == (5, NO_SEAT)
+    assert scene.client.wait(0.01) is None
+    assert scene.client.missing() == "no seat is free"
+    scene.answer(5, seats=(7,), with_payload=False)
+    assert scene.client.wait(DEADLINE_S) is not None
+    assert scene.client.missing() is None
+
+
+def test_a_seat_without_weights_is_not_enough_to_play(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(NO_VERSION, with_payload=False, state="waiting")
+    scene.server.next(Pull)
+    assert scene.client.wait(0.01) is None
+    assert scene.client.missing() == "no weights have been published yet"
+    scene.answer(0)
+    assert scene.client.wait(DEADLINE_S) is not None
+    assert scene.client.missing() is None
+
+
+def test_a_seat_once_leased_is_kept_until_the_server_gives_another(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(1, seats=(4,))
+    scene.server.next(Pull)
+    scene.answer(2, seats=(NO_SEAT,))  # a relay that has not heard from upstream
+    assert scene.server.next(Pull).sender.seat == 4
+    scene.answer(3, seats=(6,))
+    assert scene.server.next(Pull).sender.seat == 6
+    assert scene.client.seat == 6
+
+
+def test_the_state_of_the_run_is_passed_on(scene: Scene) -> None:
+    assert scene.client.state == "waiting"
+    scene.server.next(Pull)
+    scene.answer(1, state="complete")
+    until(lambda: scene.client.state == "complete")
+
+
+def test_requests_are_at_least_an_interval_apart(make: Make) -> None:
+    scene = make(interval_s=0.3)
+    scene.server.start()
+    scene.thread.start()
+    arrivals_s = []
+    for version in (1, 2, 3):
+        scene.server.next(Pull)
+        arrivals_s.append(time.monotonic())
+        scene.answer(version)
+    # From the first arrival to the last: what one request was late, the next one is not early.
+    assert arrivals_s[2] - arrivals_s[0] > 0.3
+
+
+# --- servers that refuse, babble, fall silent ---------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_short_pauses")
+def test_a_refusal_is_trouble_in_the_servers_own_words_and_no_end(scene: Scene) -> None:
+    text = "protocol: the peer speaks protocol 1, this is protocol 2"
+    scene.server.next(Pull)
+    scene.server.answer(Refusal(reason="protocol", text=text))
+    until(lambda: scene.client.trouble == f"parameter server refuses: {text}")
+    assert scene.client.missing() == scene.client.trouble
+    scene.server.next(Pull)
+    scene.answer(1)
+    until(lambda: scene.client.trouble is None)
+    assert scene.client.missing() is None
+
+
+def test_after_a_refusal_the_server_is_given_a_pause(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.server.answer(Refusal(reason="run", text="another run"))
+    refused_s = time.monotonic()
+    scene.server.next(Pull)
+    assert time.monotonic() - refused_s > 0.4 * weights_module.REFUSED_PAUSE_S
+
+
+def _babble() -> dict[str, list[Buffer]]:
+    bad_payload = Weights(
+        run_id=RUN,
+        server_incarnation=1,
+        state="training",
+        version=3,
+        steps=0,
+        seats=(4,),
+        payload=b"not safetensors",
+    )
+    from services.wire.codec import encode
+
+    return {
+        "empty": [b""],
+        "not msgpack": [b"\xc1\xc1\xc1"],
+        "another kind": encode(Published(run_id=RUN, server_incarnation=1, version=1)),
+        "another run": encode(Published(run_id="other", server_incarnation=1, version=1)),
+        "not safetensors": encode(bad_payload),
+    }
+
+
+@pytest.mark.usefixtures("_short_pauses")
+@pytest.mark.parametrize("babble", _babble())
+def test_garbage_in_place_of_an_answer_is_trouble_and_survived(scene: Scene, babble: str) -> None:
+    scene.server.next(Pull)
+    scene.answer(1)
+    scene.server.next(Pull)
+    scene.server.answer_frames(_babble()[babble])
+    until(lambda: "unusable reply" in (scene.client.trouble or ""))
+    assert scene.newest() == (1, 1)
+    assert scene.client.missing() is None  # it still can play
+    scene.server.next(Pull)
+    scene.answer(2)
+    until(lambda: scene.newest() == (2, 2))
+    assert scene.client.trouble is None
+
+
+def test_an_unanswered_request_is_asked_again_after_twice_the_servers_patience(make: Make) -> None:
+    scene = make(hold_s=HOLD_S)
+    scene.server.start()
+    scene.thread.start()
+    first = scene.server.next(Pull)
+    asked_s, peer = time.monotonic(), scene.server.peer
+    assert scene.server.next(Pull) == first
+    # The client's clock started a little before the request arrived here.
+    assert time.monotonic() - asked_s > 1.5 * HOLD_S
+    assert scene.server.peer != peer  # the old connection may lead nowhere
+    assert scene.client.trouble == "parameter server does not answer"
+
+
+def test_within_the_servers_patience_nothing_is_asked_twice(scene: Scene) -> None:
+    scene.server.next(Pull)
+    assert scene.server.next_or_none(4 * HOLD_S) is None
+
+
+def test_a_server_that_is_not_there_is_waited_for(make: Make) -> None:
+    scene = make(hold_s=HOLD_S)
+    scene.thread.start()
+    until(lambda: scene.client.trouble == "parameter server not reachable")
+    assert scene.client.missing() == "parameter server not reachable"
+    scene.server.start()
+    scene.server.next(Pull)
+    scene.answer(1)
+    assert scene.client.wait(DEADLINE_S) is not None
+
+
+def test_a_restarted_server_is_asked_with_the_seat_and_version_that_the_actor_has(make: Make) -> None:
+    scene = make(hold_s=HOLD_S)
+    scene.server.start()
+    scene.thread.start()
+    scene.server.next(Pull)
+    scene.answer(5)
+    until(lambda: scene.newest() is not None)
+    scene.server.stop()
+    scene.server.start()
+    pull = scene.server.next(Pull)
+    assert (pull.have_version, pull.sender) == (5, Client(client_id="actor-3", incarnation=11, seat=4))
+
+
+# --- stopping ----------------------------------------------------------------------------------------
+
+
+def next_goodbye(scene: Scene) -> Goodbye:
+    """The farewell; a request may come before it."""
+    message = scene.server.next_or_none(DEADLINE_S)
+    return message if isinstance(message, Goodbye) else scene.server.next(Goodbye)
+
+
+def test_an_actor_that_stops_says_goodbye_with_its_seat(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(1)
+    scene.server.next(Pull)  # which stays open
+    scene.stop()
+    goodbye = scene.server.next(Goodbye)
+    assert goodbye.sender == Client(client_id="actor-3", incarnation=11, seat=4)
+
+
+def test_an_actor_that_stops_before_it_has_a_seat_says_goodbye_too(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.stop()
+    assert scene.server.next(Goodbye).sender == ACTOR
+
+
+def test_an_actor_that_stops_while_it_is_refused_does_not_wait_and_says_goodbye(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.server.answer(Refusal(reason="run", text="another run"))
+    until(lambda: "refuses" in (scene.client.trouble or ""))
+    stopped_s = time.monotonic()
+    scene.stop()
+    assert time.monotonic() - stopped_s < 0.5 * weights_module.REFUSED_PAUSE_S
+    assert next_goodbye(scene).sender == ACTOR
+
+
+def test_stopping_while_the_server_is_not_there_returns(make: Make) -> None:
+    scene = make()
+    scene.thread.start()
+    until(lambda: scene.client.trouble == "parameter server not reachable")
+    scene.stop()
