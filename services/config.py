@@ -8,6 +8,7 @@ This module imports nothing else of ours, and neither torch nor zmq, so that ``-
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import re
@@ -348,12 +349,18 @@ def load(
 def validate(values: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from plain nested values, or a ConfigError."""
     try:  # JSON mode: strict about types, yet lists become tuples and strings become paths
-        return RunConfig.model_validate_json(json.dumps(values))
+        return RunConfig.model_validate_json(json.dumps(values, default=_plain))
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        # A list whose only element is wrong is also too short: that says nothing more.
+        inside = {detail["loc"][:-1] for detail in details}
+        lines = [_explain(detail) for detail in details if detail["loc"] not in inside or not detail["loc"]]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-    except TypeError as error:
-        raise ConfigError(f"a value is not plain data: {error}") from None
+
+
+def _plain(value: object) -> str:
+    """YAML reads 2020-01-01 as a date; here it is what was written, or something that no knob takes."""
+    return value.isoformat() if isinstance(value, datetime.date) else repr(value)
 
 
 def dump(config: RunConfig) -> dict[str, Any]:
