@@ -30,6 +30,8 @@ ARRAYS = ("observation", "episode_start", "action", "behaviour_logits", "reward"
 class RandomPolicy:
     """Acts without a network."""
 
+    version = 0
+
     def __init__(self, num_actions: int) -> None:
         self._rng = np.random.default_rng(1)
         self._num_actions = num_actions
