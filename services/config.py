@@ -524,19 +524,13 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _allowed(detail: ErrorDetails) -> str:
-    message = (
-        detail["msg"]
-        .removeprefix("Value error, ")
-        .removeprefix("Input should be ")
-        .removeprefix("Input should ")
-    )
-    return (
-        f"allowed is {message}"
-        if detail["msg"].startswith("Input should be ")
-        else f"it should {message}"
-        if (detail["msg"].startswith("Input should "))
-        else detail["msg"]
-    )
+    """pydantic's words, in ours."""
+    if detail["type"] == "string_pattern_mismatch":
+        return f"allowed is what matches {detail['ctx']['pattern']}"
+    message = detail["msg"].removeprefix("Input should ")
+    if message.startswith("be "):
+        return f"allowed is {message.removeprefix('be ')}"
+    return f"it should {message}" if message != detail["msg"] else message
 
 
 def _suggest(wrong: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -263,7 +263,7 @@ def test_a_wrong_variable_is_named_as_it_was_written() -> None:
         ("- seed", "allowed is a mapping of keys to values"),
         ("seed: [", "run.yaml"),
         ("seed: !!python/object/apply:os.system [false]", "run.yaml"),
-        ("run_id: 2020-01-01", "not plain data: Object of type date"),
+        ("seed: 2020-01-01", "seed = '2020-01-01': allowed is a valid integer"),
         ("1: 2", "unknown key"),
     ],
 )
