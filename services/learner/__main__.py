@@ -106,7 +106,8 @@ def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None
             trainer.load_state_dict(checkpoint.trainer)
             episodes.load_state_dict(checkpoint.episodes)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"checkpoint {checkpoint.path}: does not fit this run ({error})") from None
+            why = " ".join(str(error).split())
+            raise ValueError(f"checkpoint {checkpoint.path}: does not fit this run ({why})") from None
 
     checkpoints = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, metrics)
     restored = checkpoints.latest(accept)

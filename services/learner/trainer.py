@@ -230,8 +230,8 @@ class Trainer:
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What one of an optimiser's groups was configured with."""
-    return {key: value for key, value in group.items() if key != "params"}
+    """What one of an optimiser's groups was configured with. The learning rate is its schedule's."""
+    return {key: value for key, value in group.items() if key not in ("params", "lr")}
 
 
 def _statistics(group: Mapping[str, Any]) -> tuple[bool, bool]:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 POLL_S = 0.005
 
 
-def until(condition: Callable[[], T], what: str = "the condition", timeout_s: float = 15.0) -> T:
+def until(condition: Callable[[], T | None], what: str = "the condition", timeout_s: float = 15.0) -> T:
     """The first value of ``condition()`` that is true; AssertionError if there is none in time."""
     deadline_s = time.monotonic() + timeout_s
     while not (value := condition()):

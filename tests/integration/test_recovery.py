@@ -1,0 +1,93 @@
+"""Any pod may be killed at any time: the run goes on, and nothing that was learnt is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.integration.conftest import StartRun
+from tests.integration.system import START_S, STEPS_PER_UPDATE, Run, environment, field, scrape
+from tests.unit.learner.waiting import until
+
+pytestmark = pytest.mark.integration
+
+RECOVERY_S = 10.0
+IMPORT_S = 2.5
+"""What importing torch may take for ``RECOVERY_S`` to be fair. Where it takes longer, so may a recovery."""
+
+
+def slowness() -> float:
+    """How much slower this machine starts a pod just now than one that has nothing else to do."""
+    began_s = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], env=environment(), check=True)
+    return max(1.0, (time.monotonic() - began_s) / IMPORT_S)
+
+
+@contextmanager
+def watched_versions(run: Run) -> Iterator[list[tuple[float, float]]]:
+    """(start of the process, version) as the parameter server reports them, many times a second."""
+    seen: list[tuple[float, float]] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        port = run.ports()["paramserver"]
+        while not done.wait(0.05):
+            samples = scrape(port)
+            if samples:
+                seen.append((samples["process_start_time_seconds"], samples["impala_paramserver_version"]))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_run_survives_kill_9_of_each_of_its_pods(
+    start_run: StartRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start_run("--total_steps", "1000000000", "--checkpoint.interval_s", "2")
+    run.train_until(30 * STEPS_PER_UPDATE)
+    until(run.checkpoints, "a checkpoint")
+    report = []
+    with watched_versions(run) as versions:
+        for victim in ("actor-0", "paramserver", "learner"):
+            allowed_s = RECOVERY_S * slowness()
+            version_before = run.value("paramserver", "paramserver_version") or 0
+            steps_before = run.train_until(0)
+            killed_s = time.monotonic()
+            run.kill(victim)
+            until(lambda: run.pod(victim), f"{victim} is started again", START_S)  # noqa: B023
+            # More than can have been under way, so that it is the new pod that trains, or is trained from.
+            run.train_until(steps_before + 30 * STEPS_PER_UPDATE)
+            until(
+                lambda: (run.value("paramserver", "paramserver_version") or 0) > version_before,  # noqa: B023
+                "newer weights are served",
+            )
+            recovered_s = time.monotonic() - killed_s
+            report.append(f"{victim} {recovered_s:.1f} s (allowed {allowed_s:.0f} s)")
+            assert recovered_s < allowed_s, report
+            if victim == "learner":
+                started = run.pod_events("learner", "started")[-1]
+                assert field(started, "newer_weights") == "true"
+                assert int(field(started, "steps")) >= steps_before - 5 * STEPS_PER_UPDATE
+    with capsys.disabled():
+        sys.stdout.write(f"\n  kill -9 to training again: {', '.join(report)}\n")
+
+    lives = {start for start, _ in versions}
+    assert len(lives) == 2  # the parameter server was killed once, and never died otherwise
+    for life in lives:
+        during = [version for start, version in versions if start == life]
+        assert during == sorted(during), "the version went back"
+    died = run.lines("pod_died")
+    assert [field(line, "pod") for line in died] == ["actor-0", "paramserver", "learner"]
+    assert {field(line, "exit_code") for line in died} == {"-9"}
+    assert {field(line, "restart") for line in died} == {"1"}

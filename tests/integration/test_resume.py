@@ -1,0 +1,131 @@
+"""A stopped run continues exactly where it stopped, and a finished one can be trained longer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from services.learner.checkpoint import Checkpoint, read
+from tests.integration.conftest import StartPod, StartRun
+from tests.integration.system import STEPS_PER_UPDATE, Run, field
+from tests.unit.learner.waiting import until
+
+pytestmark = pytest.mark.integration
+
+STOP_S = 30.0
+LEARNING_RATE = 6e-4
+
+
+def same(a: Any, b: Any) -> bool:
+    """To the bit."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def newest(run: Run) -> Checkpoint:
+    return read(run.checkpoints()[-1])
+
+
+def report_lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def continued_from(run: Run) -> tuple[int, int, str]:
+    """(steps, version, checkpoint) with which the learner of a run has begun, as it says itself."""
+    started = run.pod_events("learner", "started")[-1]
+    assert field(started, "newer_weights") == "false"
+    return (
+        int(field(started, "steps")),
+        int(field(started, "policy_version")),
+        field(started, "checkpoint"),
+    )
+
+
+def test_a_run_that_is_interrupted_continues_from_the_very_step_where_it_stopped(start_run: StartRun) -> None:
+    total_steps = 100_000_000
+    first = start_run("--total_steps", str(total_steps), "--checkpoint.interval_s", "1")
+    first.train_until(50 * STEPS_PER_UPDATE)
+    until(lambda: len(first.checkpoints()) >= 2, "two checkpoints")
+    first.interrupt()
+    assert first.exit_code(STOP_S) == 0, first.log()
+    stopped = newest(first)
+    steps, version = stopped.trainer["steps"], stopped.trainer["version"]
+    assert steps == version * STEPS_PER_UPDATE > 50 * STEPS_PER_UPDATE
+    assert stopped.complete is False
+    assert f"stopped at {steps:,} of {total_steps:,} steps" in first.log()
+    assert f"--resume {first.run_dir}" in first.log()
+    assert first.pids() == []
+
+    # With nothing left to train, what is restored is written again: the whole state is there.
+    restored = start_run("--total_steps", str(steps), resume=True)
+    assert restored.exit_code(2 * STOP_S) == 0, restored.log()
+    assert continued_from(restored) == (steps, version, str(stopped.path))
+    assert newest(restored).path == stopped.path
+    assert same(dict(newest(restored).trainer), dict(stopped.trainer))
+    assert newest(restored).complete is True
+
+    # A truncated newest checkpoint is refused by its name, and the one before it is used.
+    before = read(restored.checkpoints()[-2])
+    stopped.path.write_bytes(stopped.path.read_bytes()[:-1000])
+    resumed = start_run("--total_steps", str(total_steps), resume=True)
+    resumed.train_until(before.trainer["steps"] + 20 * STEPS_PER_UPDATE)
+    (refused,) = resumed.pod_events("learner", "checkpoint_refused")
+    assert str(stopped.path) in field(refused, "reason")
+    before_steps, before_version = before.trainer["steps"], before.trainer["version"]
+    assert continued_from(resumed) == (before_steps, before_version, str(before.path))
+    resumed.interrupt()
+    assert resumed.exit_code(STOP_S) == 0, resumed.log()
+    assert newest(resumed).trainer["version"] * STEPS_PER_UPDATE == newest(resumed).trainer["steps"]
+
+    # Its schedule is that of the whole run, before and after each of the stops.
+    lines = [line for line in report_lines(first.run_dir) if line["steps"] != steps]
+    assert before_steps in {line["steps"] for line in lines}
+    for line in lines:
+        expected = LEARNING_RATE * (1 - line["steps"] / total_steps)
+        assert line["learning_rate"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_finished_run_is_complete_and_may_be_trained_longer(start_run: StartRun) -> None:
+    total_steps = 40 * STEPS_PER_UPDATE
+    first = start_run("--total_steps", str(total_steps))
+    assert first.exit_code(120) == 0, first.log()
+    assert f"complete at {total_steps:,} of {total_steps:,} steps" in first.log()
+    finished = newest(first)
+    assert (finished.trainer["steps"], finished.complete) == (total_steps, True)
+    assert first.pod_events("learner", "training_complete")
+    assert first.pids() == []
+
+    longer = start_run("--total_steps", str(2 * total_steps), resume=True)
+    assert longer.exit_code(120) == 0, longer.log()
+    assert continued_from(longer) == (total_steps, 40, str(finished.path))
+    assert (newest(longer).trainer["steps"], newest(longer).complete) == (2 * total_steps, True)
+    assert newest(longer).trainer["version"] == 80
+
+
+def test_a_run_cannot_be_resumed_with_another_network_or_optimiser_and_says_so(
+    start_run: StartRun, start_pod: StartPod
+) -> None:
+    first = start_run("--total_steps", str(STEPS_PER_UPDATE))
+    assert first.exit_code(120) == 0, first.log()
+    (checkpoint,) = first.checkpoints()
+
+    resumed = start_run("--total_steps", "64000", "--network.hidden_size", "48", resume=True)
+    assert resumed.exit_code(120) == 2, resumed.log()
+    complaints = [line for line in resumed.log().splitlines() if line.startswith("impala: ")]
+    assert any(str(checkpoint) in line and "does not fit this run" in line for line in complaints)
+
+    learner = start_pod("learner", "--optimiser.name", "adam")
+    assert learner.exit_code(120) == 2
+    (complaint,) = [line for line in learner.log().splitlines() if line.startswith("impala learner: ")]
+    assert str(checkpoint) in complaint
+    assert "optimiser.name" in complaint
+    assert first.checkpoints() == [checkpoint]
