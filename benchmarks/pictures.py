@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from services import config as configuration
-from services.display import render
-from services.local import frame_skip_of
+from services.local.display import render
+from services.local.train import frame_skip_of
 from services.ops.figures import PodStatus, RunInfo, take_snapshot
 from services.ops.scrape import Scraper
 

@@ -127,7 +127,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(flags: list[str]) -> int:
-    from services import config, local
+    from services import config
+    from services.local import run_dir, train
 
     plain = _take_switch(flags, "--plain")
     file = _take_value(flags, "--config")
@@ -137,12 +138,12 @@ def _train(flags: list[str]) -> int:
             raise config.ConfigError(
                 "--resume and --config: a resumed run has its configuration; give one of them"
             )
-        run_config = local.resumed_config(Path(resumed), os.environ, flags)
+        run_config = run_dir.resumed_config(Path(resumed), os.environ, flags)
     else:
         run_config = config.load(Path(file) if file else None, os.environ, flags)
         if "run_dir" not in run_config.model_fields_set:
-            run_config = local.with_new_run_dir(run_config, datetime.now())
-    return local.train(run_config, resume=resumed is not None, plain=plain)
+            run_config = run_dir.with_new_run_dir(run_config, datetime.now())
+    return train.train(run_config, resume=resumed is not None, plain=plain)
 
 
 def _show_config(flags: list[str]) -> None:

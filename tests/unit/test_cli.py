@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from services import cli, config, local
+from services import cli, config
 from services.config import RunConfig
+from services.local import run_dir
+from services.local import train as training
 
 
 class FakeTrain:
@@ -29,7 +31,7 @@ class FakeTrain:
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTrain:
     fake = FakeTrain()
-    monkeypatch.setattr(local, "train", fake)
+    monkeypatch.setattr(training, "train", fake)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -166,7 +168,7 @@ def test_train_takes_the_directory_it_is_given(train: FakeTrain, flag: str) -> N
 
 
 def test_train_resumes_with_the_configuration_of_the_run(train: FakeTrain, tmp_path: Path) -> None:
-    with local.open_run_dir(config.load(flags=["--seed", "4", "--run_dir", "old"]), resume=False):
+    with run_dir.open_run_dir(config.load(flags=["--seed", "4", "--run_dir", "old"]), resume=False):
         pass
     assert cli.main(["train", "--resume=old", "--total_steps", "60000000"]) == 7
     assert train.config is not None
@@ -180,7 +182,7 @@ def test_an_interrupt_before_anything_has_started_is_quiet(
     def interrupted(run_config: RunConfig, *, resume: bool, plain: bool) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(local, "train", interrupted)
+    monkeypatch.setattr(training, "train", interrupted)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr() == ("", "")
 

@@ -1,7 +1,7 @@
 """What a local run shows of itself: ``Snapshot`` -> a live display in a terminal, or log lines elsewhere.
 
 ``render`` is pure, so that every picture can be tested without a terminal. The figures come from
-``ops.figures``; nothing here starts, stops or waits for a pod: that is ``local``.
+``ops.figures``; nothing here starts, stops or waits for a pod: that is ``launcher``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from services.display import SPARKS, LiveProgress, PlainProgress, render, sparkline
+from services.local.display import SPARKS, LiveProgress, PlainProgress, render, sparkline
 from services.ops.figures import PodPhase, PodStatus, RunInfo, Snapshot
 from services.ops.logging import get_logger
 

@@ -1,0 +1,195 @@
+"""The loop that keeps a run going: starts the pods, starts again those that die, stops all of them in order.
+
+Consumes exits of pods and the newest scrapes; produces snapshots for ``display`` and, at the end, one
+``Outcome``; waits for nothing longer than ``POLL_S``. It receives everything built, from ``train``. No pod
+outlives it, unless it is killed itself: then the pods notice, and stop.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from services.local.display import Progress
+from services.local.pod import Backoff, Pod
+from services.ops.figures import History, PodPhase, PodStatus, RunInfo, take_snapshot
+from services.ops.scrape import Scrape
+
+BAD_CONFIG = 2
+GAVE_UP = 3
+"""A learner's exit code for a training that has diverged: starting again would change nothing."""
+KILLED = 128 + signal.SIGINT
+
+STOP_TIMEOUTS_S: Mapping[str, float] = {"actor": 10.0, "learner": 30.0, "paramserver": 10.0}
+"""In the order of stopping: who sends goes before who receives, so that the learner's last checkpoint has
+nothing left to wait for. Whoever takes longer is killed."""
+
+POLL_S = 0.1
+SILENT_AFTER_S = 5.0
+"""A pod whose latest scrape is older counts as silent. It is not restarted: it may be paused on purpose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Why the run ended, or has to."""
+
+    exit_code: int
+    reason: str
+    details: tuple[str, ...] = field(default=())
+
+
+class Launcher:
+    """One run, from the first start of its pods until they have all stopped."""
+
+    def __init__(
+        self,
+        pods: Sequence[Pod],
+        run: RunInfo,
+        progress: Progress,
+        latest: Callable[[], Mapping[str, Scrape]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pods = pods
+        self._run = run
+        self._progress = progress
+        self._latest = latest
+        self._clock = clock
+        self._started_s = clock()
+        self._shown_s = -float("inf")
+        self._history = History()
+        self._interrupts = 0
+        self._stopping = False
+
+    @property
+    def steps(self) -> int:
+        """Agent steps trained, as far as the learner has told."""
+        return take_snapshot(self._run, None, self._history.now).steps or 0
+
+    def interrupt(self) -> None:
+        """Once: stop cleanly. Twice: end everything at once. Safe to call from a signal handler."""
+        self._interrupts += 1
+
+    def run(self) -> Outcome:
+        """Start the pods; return when they have all stopped."""
+        try:
+            for pod in self._pods:
+                pod.start(self._clock())
+            while (outcome := self._look()) is None:
+                self._show()
+                time.sleep(POLL_S)
+            return self._stop(outcome)
+        finally:  # nothing outlives the launcher, whatever happens to it
+            for pod in self._pods:
+                pod.kill()
+
+    def _look(self) -> Outcome | None:
+        """Start whatever is due; say when the run has to end."""
+        if self._interrupts:
+            return Outcome(exit_code=0, reason="interrupted")
+        self._history.add(self._latest().get("learner"))
+        now_s = self._clock()
+        for pod in self._pods:
+            if pod.start_at_s is not None:
+                if now_s >= pod.start_at_s:
+                    pod.start(now_s)
+            elif not pod.alive and (outcome := self._bury(pod, now_s)):
+                return outcome
+        learner = self._history.now
+        if learner is not None and learner.get("impala_training_complete") == 1:
+            return Outcome(exit_code=0, reason="complete")
+        return None
+
+    def _bury(self, pod: Pod, now_s: float) -> Outcome | None:
+        """``pod`` is dead: plan its next life, or say why there is none."""
+        pod.kill()  # what it had started itself
+        name, code, words = pod.spec.name, pod.exit_code, pod.last_words()
+        details = (words, f"all of it: {pod.spec.log}")
+        if code == BAD_CONFIG:
+            return Outcome(exit_code=BAD_CONFIG, reason=f"{name} refused its configuration", details=details)
+        if code == GAVE_UP and pod.spec.role == "learner":
+            return Outcome(exit_code=1, reason=f"{name} gave up", details=details)
+        delay_s = pod.backoff.after_death(now_s - pod.started_s, now_s)
+        if delay_s is None:
+            often = f"{name} died {Backoff.MOST_DEATHS} times within {Backoff.WINDOW_S:g} s"
+            return Outcome(exit_code=1, reason=often, details=details)
+        pod.restarts += 1
+        pod.start_at_s = now_s + delay_s
+        self._progress.trouble(
+            "pod_died", pod=name, exit_code=code, restart=pod.restarts, restart_in_s=delay_s, last_words=words
+        )
+        return None
+
+    def _stop(self, outcome: Outcome) -> Outcome:
+        """Stop role after role. The learner's own trouble with stopping is the run's."""
+        self._stopping = True
+        if outcome.reason == "interrupted":
+            self._progress.event("stopping", hint="press Ctrl-C again to end everything at once")
+        for role, timeout_s in STOP_TIMEOUTS_S.items():
+            pods = [pod for pod in self._pods if pod.spec.role == role]
+            alive = [pod for pod in pods if pod.alive]
+            for pod in alive:
+                pod.terminate()
+            deadline_s = self._clock() + timeout_s
+            while any(pod.alive for pod in alive) and self._clock() < deadline_s:
+                if self._interrupts > 1:
+                    return Outcome(exit_code=KILLED, reason="killed")
+                self._history.add(self._latest().get("learner"))
+                self._show()
+                time.sleep(POLL_S)
+            for pod in alive:
+                # -SIGTERM: it was still starting, with nothing to save and no handler yet.
+                failed = pod.alive or pod.exit_code not in (0, -signal.SIGTERM)
+                if failed:
+                    self._progress.trouble(
+                        "pod_killed" if pod.alive else "pod_failed",
+                        pod=pod.spec.name,
+                        last_words=pod.last_words(),
+                    )
+                if failed and role == "learner" and outcome.exit_code == 0:
+                    outcome = Outcome(
+                        exit_code=1,
+                        reason=f"{pod.spec.name} did not stop cleanly",
+                        details=(pod.last_words(), f"all of it: {pod.spec.log}"),
+                    )
+            for pod in pods:
+                pod.kill()
+        self._shown_s = -float("inf")
+        self._show()
+        return outcome
+
+    def _show(self) -> None:
+        now_s = self._clock()
+        if now_s - self._shown_s < self._progress.interval_s:
+            return
+        self._shown_s = now_s
+        scrapes = self._latest()
+        self._progress.update(
+            take_snapshot(
+                self._run,
+                self._history.before,
+                self._history.now,
+                pods=tuple(self._status(pod, scrapes.get(pod.spec.name), now_s) for pod in self._pods),
+                elapsed_s=now_s - self._started_s,
+                unix_time_s=time.time(),
+                returns=self._history.returns,
+            )
+        )
+
+    def _status(self, pod: Pod, scrape: Scrape | None, now_s: float) -> PodStatus:
+        phase: PodPhase
+        if not pod.alive:
+            phase = "stopped" if self._stopping else "restarting"
+        elif scrape is None or scrape.time_s < pod.started_s:
+            phase = "starting"
+        else:
+            phase = "up" if now_s - scrape.time_s < SILENT_AFTER_S else "silent"
+        memory_bytes = scrape.get("process_resident_memory_bytes") if scrape and phase == "up" else None
+        return PodStatus(
+            name=pod.spec.name,
+            role=pod.spec.role,
+            phase=phase,
+            restarts=pod.restarts,
+            memory_bytes=memory_bytes,
+        )

@@ -1,0 +1,121 @@
+"""``impala train``: builds a run out of its parts, lets it run, and says how it ended.
+
+The parts and their order: ``run_dir``, ``plan``, ``pod``, ``launcher``, with ``display`` or log lines to show
+it. Before it comes ``cli``, which has read the configuration.
+
+Exit codes: 0 complete, or stopped by one Ctrl-C or SIGTERM; 1 the run gave up; 2 the user must mend
+something; 130 a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from services.config import ConfigError, RunConfig
+from services.local.display import LiveProgress, PlainProgress, Progress
+from services.local.launcher import BAD_CONFIG, Launcher, Outcome
+from services.local.plan import (
+    Command,
+    plan_pods,
+    pod_command,
+    private_socket_dir,
+    reserved_ports,
+    write_targets,
+)
+from services.local.pod import Pod
+from services.local.run_dir import open_run_dir
+from services.ops import logging
+from services.ops.figures import RunInfo
+from services.ops.scrape import Scraper
+
+SCRAPE_INTERVAL_S = 1.0
+
+
+def frame_skip_of(config: RunConfig) -> int:
+    """Frames per agent step. Opens the environment, so that a wrong name is found before anything starts."""
+    from services.rl.envs import env_spec
+
+    try:
+        return env_spec(config.env).frame_skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    plain: bool = False,
+    command: Command = pod_command,
+    find_frame_skip: Callable[[RunConfig], int] = frame_skip_of,
+) -> int:
+    """Run to the end; returns the exit code."""
+    run = RunInfo(
+        env_id=config.env.id,
+        total_steps=config.total_steps,
+        frame_skip=find_frame_skip(config),
+        run_dir=config.run_dir,
+    )
+    with contextlib.ExitStack() as opened:
+        lock = opened.enter_context(open_run_dir(config, resume))
+        ports = opened.enter_context(reserved_ports(config.ops.port, 2 + config.actors))
+        socket_dir = opened.enter_context(private_socket_dir())
+        specs = plan_pods(config, ports, socket_dir, os.environ, command)
+        write_targets(config.run_dir / "targets.json", specs)
+        scraper = Scraper({spec.name: spec.port for spec in specs}, SCRAPE_INTERVAL_S)
+        opened.callback(scraper.close)
+        progress = make_progress(plain)
+        launcher = Launcher([Pod(spec, lock) for spec in specs], run, progress, scraper.latest)
+        opened.enter_context(_signals_call(launcher.interrupt))
+        try:
+            outcome = launcher.run()
+        finally:
+            progress.close()
+        never_began = not any((config.run_dir / "checkpoints").iterdir())
+        if outcome.exit_code == BAD_CONFIG and not resume and never_began:
+            (config.run_dir / "config.json").unlink()  # so that the same command, mended, is not refused
+    report(outcome, run, launcher.steps)
+    return outcome.exit_code
+
+
+def make_progress(plain: bool) -> Progress:
+    """A live display where there is a terminal, log lines elsewhere."""
+    if plain or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        logging.setup("train", stream=sys.stdout)
+        return PlainProgress(logging.get_logger("train"))
+    logging.setup("train")
+    return LiveProgress()
+
+
+def report(outcome: Outcome, run: RunInfo, steps: int) -> None:
+    """The last lines: what happened, where it is, how it goes on."""
+    if outcome.exit_code == BAD_CONFIG:
+        for line in (outcome.reason, *filter(None, outcome.details)):
+            print(f"impala: {line}", file=sys.stderr)
+        return
+    if outcome.exit_code == 1:
+        for line in (f"stopped: {outcome.reason}", *filter(None, outcome.details)):
+            print(f"impala: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    state = "complete" if outcome.reason == "complete" else "stopped"
+    print(f"{state} at {steps:,} of {run.total_steps:,} steps; the run is in {run.run_dir}")
+    longer = f" --total_steps {2 * run.total_steps}" if outcome.reason == "complete" else ""
+    print(f"{'train longer' if longer else 'continue'} with: impala train --resume {run.run_dir}{longer}")
+
+
+@contextlib.contextmanager
+def _signals_call(handler: Callable[[], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and a closed terminal call ``handler``; afterwards everything is as before."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda _number, _frame: handler()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

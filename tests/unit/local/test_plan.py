@@ -1,0 +1,86 @@
+"""What is started: command lines that the pods understand, ports, targets, sockets."""
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from services import config as configuration
+from services.config import RunConfig
+from services.local.plan import PodSpec, plan_pods, private_socket_dir, reserved_ports, write_targets
+from services.local.run_dir import open_run_dir
+
+
+def plan(config: RunConfig, environment: dict[str, str]) -> dict[str, PodSpec]:
+    def command(role: str, flags: Sequence[str]) -> list[str]:
+        return [role, *flags]
+
+    ports = range(9400, 9402 + config.actors)
+    pods = plan_pods(config, ports, Path("/tmp/x"), environment, command)
+    return {pod.name: pod for pod in pods}
+
+
+def test_every_pod_gets_flags_that_the_configuration_understands(config: RunConfig) -> None:
+    config = config.model_copy(update={"actors": 2})
+    with open_run_dir(config, resume=False):
+        pods = plan(config, {})
+    assert list(pods) == ["paramserver", "learner", "actor-0", "actor-1"]
+    for name, pod in pods.items():
+        role, *flags = pod.command
+        assert role == pod.role
+        given = dict(zip(flags[::2], flags[1::2], strict=True))
+        assert given.pop("--parent-pid") == str(os.getpid())
+        file = Path(given.pop("--config"))
+        if role != "paramserver":
+            assert given.pop(f"--{role}-id") == name
+        understood = configuration.load(file, {}, [word for pair in given.items() for word in pair])
+        assert understood.ops.port == pod.port
+        assert understood.ops.host == "127.0.0.1"
+        assert understood.wire.learner_endpoints == ("ipc:///tmp/x/learner",)
+        assert understood.wire.learner_bind == "ipc:///tmp/x/learner"
+        assert understood.wire.paramserver_endpoint == understood.wire.paramserver_bind
+        assert understood.total_steps == config.total_steps
+
+
+def test_threads_are_set_for_each_role_and_configuration_variables_are_not_inherited() -> None:
+    config = configuration.load(flags=["--learner.num_threads", "4", "--actor.inference_threads", "2"])
+    pods = plan(config, {"PATH": "/bin", "IMPALA__SEED": "3", "OMP_NUM_THREADS": "64"})
+    threads = {name: pod.environment["OMP_NUM_THREADS"] for name, pod in pods.items()}
+    assert threads == {"paramserver": "1", "learner": "4", "actor-0": "2"}
+    assert pods["learner"].environment["MKL_NUM_THREADS"] == "4"
+    assert pods["learner"].environment["PATH"] == "/bin"
+    assert "IMPALA__SEED" not in pods["learner"].environment
+
+
+def test_prometheus_finds_every_pod(config: RunConfig, tmp_path: Path) -> None:
+    write_targets(tmp_path / "targets.json", plan(config, {}).values())
+    assert json.loads((tmp_path / "targets.json").read_text()) == [
+        {"targets": ["127.0.0.1:9400"], "labels": {"role": "paramserver", "pod": "paramserver"}},
+        {"targets": ["127.0.0.1:9401"], "labels": {"role": "learner", "pod": "learner"}},
+        {"targets": ["127.0.0.1:9402"], "labels": {"role": "actor", "pod": "actor-0"}},
+    ]
+
+
+def test_reserved_ports_skip_those_in_use_and_let_a_pod_listen() -> None:
+    with reserved_ports(0, 1) as [first], reserved_ports(first, 3) as others:
+        assert first not in others
+        assert len(set(others)) == 3
+        with socket.socket() as pod:
+            pod.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as http.server does
+            pod.bind(("127.0.0.1", first))
+            pod.listen()
+
+
+def test_sockets_live_in_a_private_directory_with_a_short_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with private_socket_dir() as path:
+        assert len(str(path / "paramserver")) < 100
+        assert path.stat().st_mode & 0o077 == 0
+    assert not path.exists()

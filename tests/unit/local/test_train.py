@@ -1,0 +1,182 @@
+"""Whole runs of fake pods: how they end, what the user reads then, and which signals end them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services import config as configuration
+from services.config import ConfigError, RunConfig
+from services.local import run_dir
+from services.local import train as training
+from services.local.plan import Command
+from tests.unit.local.fake_pods import Pods
+
+PATIENCE_S = 60.0
+
+StartLauncher = Callable[[], subprocess.Popen[str]]
+
+
+def train(config: RunConfig, command: Command, resume: bool = False) -> int:
+    """To the end."""
+    return training.train(
+        config, resume=resume, plain=True, command=command, find_frame_skip=lambda config: 1
+    )
+
+
+def test_a_run_ends_when_the_learner_says_complete(
+    config: RunConfig, pods: Pods, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pods.behaviours["learner"] = "complete"
+    assert train(config, pods.command) == 0
+    assert sorted(pods.rest()[:3]) == ["actor-0 up", "learner up", "paramserver up"]
+    output = capsys.readouterr().out
+    assert "complete at 1,000 of 1,000 steps" in output
+    assert f"impala train --resume {config.run_dir} --total_steps 2000" in output
+
+
+def test_a_bad_configuration_stops_the_run_and_shows_the_line_and_leaves_the_directory_free(
+    config: RunConfig, pods: Pods, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pods.behaviours["learner"] = "exit-2"
+    assert train(config, pods.command) == 2
+    errors = capsys.readouterr().err
+    assert "learner refused its configuration" in errors
+    assert "error learner diverged reason=nan" in errors, "the last error, rather than the last line"
+    assert str(config.run_dir / "logs" / "learner.log") in errors
+
+    pods.behaviours["learner"] = "complete"
+    assert train(config, pods.command) == 0
+
+
+def test_a_learner_that_gives_up_is_not_restarted(
+    config: RunConfig, pods: Pods, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pods.behaviours["learner"] = "exit-3"
+    assert train(config, pods.command) == 1
+    captured = capsys.readouterr()
+    assert "learner gave up" in captured.err
+    assert "diverged reason=nan" in captured.err
+    assert f"--resume {config.run_dir}" in captured.out
+
+
+def test_a_wrong_environment_is_found_before_anything_starts(config: RunConfig) -> None:
+    wrong = config.model_copy(update={"env": config.env.model_copy(update={"id": "ALE/Pnog-v5"})})
+    with pytest.raises(ConfigError, match=r"env\.id = 'ALE/Pnog-v5'.*Pong"):
+        training.train(wrong, plain=True, command=lambda role, flags: ["/bin/false"])
+    assert not wrong.run_dir.exists()
+
+
+# ------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def start_launcher(config: RunConfig, pods: Pods, tmp_path: Path) -> Iterator[StartLauncher]:
+    """A launcher that is a process of its own, to be sent signals."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        program = f"""
+            import sys
+            from pathlib import Path
+            from services import config
+            from services.local.train import train
+            behaviours = {pods.behaviours!r}
+            sys.exit(train(
+                config.load(Path({str(tmp_path / "config.json")!r})),
+                plain=True,
+                command=lambda role, flags: [
+                    sys.executable, {str(pods.script)!r}, role, behaviours[role], {str(pods.pipe)!r}, *flags
+                ],
+                find_frame_skip=lambda config: 1,
+            ))
+        """
+        (tmp_path / "config.json").write_text(json.dumps(configuration.dump(config)))
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},  # a killed launcher leaves its sockets behind
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_signal_stops_cleanly_and_says_how_to_go_on(
+    config: RunConfig,
+    pods: Pods,
+    start_launcher: StartLauncher,
+    number: signal.Signals,
+) -> None:
+    launcher = start_launcher()
+    assert sorted(pods.read(3)) == ["actor-0 up", "learner up", "paramserver up"]
+    launcher.send_signal(number)
+    output, _ = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 0
+    assert f"continue with: impala train --resume {config.run_dir}\n" in output
+    assert pods.rest() == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+
+
+def test_two_interrupts_end_everything_with_130(pods: Pods, start_launcher: StartLauncher) -> None:
+    pods.behaviours = dict.fromkeys(pods.behaviours, "stubborn")
+    launcher = start_launcher()
+    pods.read(3)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.stdout is not None
+    assert any(" stopping " in line for line in iter(launcher.stdout.readline, ""))
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 130
+    assert pods.rest() == []
+
+
+def test_pods_of_a_killed_launcher_stop_by_themselves(pods: Pods, start_launcher: StartLauncher) -> None:
+    launcher = start_launcher()
+    pods.read(3)
+    launcher.kill()
+    assert sorted(pods.rest()) == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+
+
+def test_a_run_directory_stays_locked_until_the_pods_of_a_killed_launcher_are_gone(
+    config: RunConfig, pods: Pods, start_launcher: StartLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pods.behaviours["learner"] = "orphan"  # does not notice
+    launcher = start_launcher()
+    pods.read(3)
+    launcher.kill()
+    launcher.wait()
+    with monkeypatch.context() as impatience:
+        impatience.setattr(run_dir, "LAST_PODS_S", 0.0)
+        with pytest.raises(ConfigError, match=f"in use by another launcher \\(process {launcher.pid}\\)"):
+            train(config, pods.command, resume=True)
+    [orphan] = find_processes(str(pods.pipe), "learner")
+    os.kill(orphan, signal.SIGTERM)
+    assert "learner stopped" in pods.rest()
+    with run_dir.open_run_dir(config, resume=True):
+        pass
+
+
+def find_processes(*words: str) -> list[int]:
+    """Processes with all ``words`` among their arguments."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            arguments = (entry / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if entry.name.isdigit() and all(word in arguments for word in words):
+            found.append(int(entry.name))
+    return found
