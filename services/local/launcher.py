@@ -107,7 +107,9 @@ class Launcher:
         name, code, words = pod.spec.name, pod.exit_code, pod.last_words()
         details = (words, f"all of it: {pod.spec.log}")
         if code == BAD_CONFIG:
-            return Outcome(exit_code=BAD_CONFIG, reason=f"{name} refused its configuration", details=details)
+            refused = f"{name} refused its configuration"
+            unexplained = (f"{refused}: {words} (all of it: {pod.spec.log})",)
+            return Outcome(exit_code=BAD_CONFIG, reason=refused, details=pod.complaints() or unexplained)
         if code == GAVE_UP and pod.spec.role == "learner":
             return Outcome(exit_code=1, reason=f"{name} gave up", details=details)
         delay_s = pod.backoff.after_death(now_s - pod.started_s, now_s)

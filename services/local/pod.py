@@ -99,12 +99,21 @@ class Pod:
 
     def last_words(self) -> str:
         """The last error that this life has logged, or else its last line."""
+        lines = self._output()
+        errors = [line for line in lines if line.startswith("impala ") or re.match(r"\S+Z error ", line)]
+        return (errors or lines or [""])[-1]
+
+    def complaints(self) -> tuple[str, ...]:
+        """What this life has told the user: the lines that begin with its command, without that."""
+        prefix = f"impala {self.spec.role}: "
+        return tuple(line.removeprefix(prefix) for line in self._output() if line.startswith(prefix))
+
+    def _output(self) -> list[str]:
+        """The lines of this life, only the latest if it is talkative."""
         try:
             with self.spec.log.open("rb") as log:
                 log.seek(max(self._log_offset, log.seek(0, os.SEEK_END) - 2**16))
                 lines = log.read().decode(errors="replace").splitlines()
         except OSError:
-            return ""
-        lines = [line.strip() for line in lines if line.strip()]
-        errors = [line for line in lines if line.startswith("impala ") or re.match(r"\S+Z error ", line)]
-        return (errors or lines or [""])[-1]
+            return []
+        return [line.strip() for line in lines if line.strip()]

@@ -94,7 +94,7 @@ def make_progress(plain: bool) -> Progress:
 def report(outcome: Outcome, run: RunInfo, steps: int) -> None:
     """The last lines: what happened, where it is, how it goes on."""
     if outcome.exit_code == BAD_CONFIG:
-        for line in (outcome.reason, *filter(None, outcome.details)):
+        for line in outcome.details:  # the pod has said it best
             print(f"impala: {line}", file=sys.stderr)
         return
     if outcome.exit_code == 1:

@@ -28,6 +28,10 @@ def first_life():
     marker.touch()
     return first
 
+if behaviour == "refuse":
+    print("2026-11-20T14:02:36.123Z info learner started")
+    print(f"impala {role}: network.name: a convolutional network cannot see 4 numbers", file=sys.stderr)
+    sys.exit(2)
 if behaviour.startswith("exit-"):
     print("2026-11-20T14:02:36.123Z error learner diverged reason=nan")
     print("the very last line", flush=True)

@@ -41,18 +41,26 @@ def test_a_run_ends_when_the_learner_says_complete(
     assert f"impala train --resume {config.run_dir} --total_steps 2000" in output
 
 
-def test_a_bad_configuration_stops_the_run_and_shows_the_line_and_leaves_the_directory_free(
+def test_a_refused_configuration_is_the_line_of_the_pod_and_leaves_the_directory_free(
+    config: RunConfig, pods: Pods, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pods.behaviours["learner"] = "refuse"
+    assert train(config, pods.command) == 2
+    assert capsys.readouterr().err == "impala: network.name: a convolutional network cannot see 4 numbers\n"
+
+    pods.behaviours["learner"] = "complete"
+    assert train(config, pods.command) == 0
+
+
+def test_a_pod_that_refuses_without_a_word_to_the_user_is_named_in_one_line_with_its_log(
     config: RunConfig, pods: Pods, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pods.behaviours["learner"] = "exit-2"
     assert train(config, pods.command) == 2
-    errors = capsys.readouterr().err
-    assert "learner refused its configuration" in errors
-    assert "error learner diverged reason=nan" in errors, "the last error, rather than the last line"
-    assert str(config.run_dir / "logs" / "learner.log") in errors
-
-    pods.behaviours["learner"] = "complete"
-    assert train(config, pods.command) == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("impala: learner refused its configuration: ")
+    assert "error learner diverged reason=nan" in line, "the last error, rather than the last line"
+    assert str(config.run_dir / "logs" / "learner.log") in line
 
 
 def test_a_learner_that_gives_up_is_not_restarted(
