@@ -272,10 +272,13 @@ def test_rmsprop_with_momentum_adds_up_its_steps() -> None:
 
 
 def test_adam_takes_its_own_knobs() -> None:
-    # m = .5 x 2 = 1, m^ = 1/.5 = 2; v = .1 x 4 = .4, v^ = .4/.1 = 4; step = .1 x 2/(2 + 1).
+    # g = 2: m = .5 x 2 = 1, m^ = 1/.5 = 2; v = .1 x 4 = .4, v^ = .4/.1 = 4; step = .1 x 2/(2 + 1).
+    # g = 1: m = .5 + .5 = 1, m^ = 1/.75; v = .9 x .4 + .1 = .46, v^ = .46/.19; step = .1 x 1.333333/2.555973.
     network = OneWeight()
     config = OptimiserConfig(name="adam", learning_rate=0.1, epsilon=1.0, adam_beta1=0.5, adam_beta2=0.9)
-    assert network.step(make_optimiser(config, network), 2.0) == pytest.approx(1 - 0.2 / 3, abs=1e-6)
+    optimiser = make_optimiser(config, network)
+    assert network.step(optimiser, 2.0) == pytest.approx(1 - 0.2 / 3, abs=1e-6)
+    assert network.step(optimiser, 1.0) == pytest.approx(1 - 0.2 / 3 - 0.0521654, abs=1e-6)
 
 
 # ---------------------------------------------------------------------------------- what is not finite
