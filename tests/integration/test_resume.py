@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from services.learner.checkpoint import Checkpoint, read
 from tests.integration.conftest import StartPod, StartRun
-from tests.integration.system import STEPS_PER_UPDATE, Run, field
+from tests.integration.system import CATCH, STEPS_PER_UPDATE, Run, events, field
 from tests.unit.learner.waiting import until
 
 pytestmark = pytest.mark.integration
 
 STOP_S = 30.0
 LEARNING_RATE = 6e-4
+FINISHED_STEPS = 40 * STEPS_PER_UPDATE
 
 
 def same(a: Any, b: Any) -> bool:
@@ -94,38 +96,57 @@ def test_a_run_that_is_interrupted_continues_from_the_very_step_where_it_stopped
         assert line["learning_rate"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_finished_run_is_complete_and_may_be_trained_longer(start_run: StartRun) -> None:
-    total_steps = 40 * STEPS_PER_UPDATE
-    first = start_run("--total_steps", str(total_steps))
-    assert first.exit_code(120) == 0, first.log()
-    assert f"complete at {total_steps:,} of {total_steps:,} steps" in first.log()
-    finished = newest(first)
-    assert (finished.trainer["steps"], finished.complete) == (total_steps, True)
-    assert first.pod_events("learner", "training_complete")
-    assert first.pids() == []
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that is complete, and what its launcher said."""
+    directory = tmp_path_factory.mktemp("finished")
+    flags = [*CATCH, "--run_dir", str(directory / "run"), "--ops.port", "0"]
+    run = Run(directory / "run", directory / "launcher.log", [*flags, "--total_steps", str(FINISHED_STEPS)])
+    try:
+        assert run.exit_code(120) == 0, run.log()
+        assert run.pids() == []
+    finally:
+        run.end()
+    return directory
 
-    longer = start_run("--total_steps", str(2 * total_steps), resume=True)
+
+@pytest.fixture
+def finished_run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, where ``start_run`` and ``start_pod`` look for it."""
+    return Path(shutil.copytree(finished / "run", tmp_path / "run"))
+
+
+def test_a_run_whose_steps_are_all_trained_is_complete(finished: Path, finished_run_dir: Path) -> None:
+    (path,) = (finished_run_dir / "checkpoints").glob("step-*.pt")
+    checkpoint = read(path)
+    assert (checkpoint.trainer["steps"], checkpoint.complete) == (FINISHED_STEPS, True)
+    assert f"complete at {FINISHED_STEPS:,} of {FINISHED_STEPS:,}" in (finished / "launcher.log").read_text()
+    assert events(finished_run_dir / "logs" / "learner.log", "training_complete")
+
+
+def test_a_finished_run_may_be_trained_longer(finished_run_dir: Path, start_run: StartRun) -> None:
+    longer = start_run("--total_steps", str(2 * FINISHED_STEPS), resume=True)
+    (checkpoint,) = longer.checkpoints()
     assert longer.exit_code(120) == 0, longer.log()
-    assert continued_from(longer) == (total_steps, 40, str(finished.path))
-    assert (newest(longer).trainer["steps"], newest(longer).complete) == (2 * total_steps, True)
+    assert continued_from(longer) == (FINISHED_STEPS, 40, str(checkpoint))
+    assert (newest(longer).trainer["steps"], newest(longer).complete) == (2 * FINISHED_STEPS, True)
     assert newest(longer).trainer["version"] == 80
 
 
 def test_a_run_cannot_be_resumed_with_another_network_or_optimiser_and_says_so(
-    start_run: StartRun, start_pod: StartPod
+    finished_run_dir: Path, start_run: StartRun, start_pod: StartPod
 ) -> None:
-    first = start_run("--total_steps", str(STEPS_PER_UPDATE))
-    assert first.exit_code(120) == 0, first.log()
-    (checkpoint,) = first.checkpoints()
+    flags = ("--total_steps", "64000")
+    learner = start_pod("learner", *flags, "--optimiser.name", "adam")
+    resumed = start_run(*flags, "--network.hidden_size", "48", resume=True)
+    (checkpoint,) = resumed.checkpoints()
 
-    resumed = start_run("--total_steps", "64000", "--network.hidden_size", "48", resume=True)
-    assert resumed.exit_code(120) == 2, resumed.log()
-    complaints = [line for line in resumed.log().splitlines() if line.startswith("impala: ")]
-    assert any(str(checkpoint) in line and "does not fit this run" in line for line in complaints)
-
-    learner = start_pod("learner", "--optimiser.name", "adam")
-    assert learner.exit_code(120) == 2
+    assert learner.exit_code(120) == 2, learner.log()
     (complaint,) = [line for line in learner.log().splitlines() if line.startswith("impala learner: ")]
     assert str(checkpoint) in complaint
     assert "optimiser.name" in complaint
-    assert first.checkpoints() == [checkpoint]
+
+    assert resumed.exit_code(120) == 2, resumed.log()
+    complaints = [line for line in resumed.log().splitlines() if line.startswith("impala: ")]
+    assert any(str(checkpoint) in line and "does not fit this run" in line for line in complaints)
+    assert resumed.checkpoints() == [checkpoint]

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
+from services.actor.loop import Half
+from services.actor.policy import Policy
+from services.config import EnvConfig
 from services.learner.batch import rollout_schema
 from services.learner.intake import RolloutQueue
 from services.ops.metrics import LearnerMetrics
 from services.rl.actions import Discrete
-from services.rl.envs import EnvSpec
-from services.wire.codec import Expected, Packer, encode
+from services.rl.envs import EnvSpec, env_spec, make_vector_env
+from services.wire.codec import Codec, Expected, Packer, encode
 from services.wire.messages import Buffer, Episode, PackedArray, Rollout
 
 RUN = "run"
+ARRAYS = ("observation", "episode_start", "action", "behaviour_logits", "reward", "terminated")
 SPEC = EnvSpec(
     id="tiny",
     observation_shape=(4, 6),
@@ -91,3 +98,51 @@ class Counts:
         value = self.registry.get_sample_value(f"impala_learner_{name}", labels)
         assert value is not None, f"no metric impala_learner_{name} {labels}"
         return value
+
+
+# --- played, not made up -------------------------------------------------------------------------
+
+
+class RandomPolicy:
+    """Acts without a network."""
+
+    version = 0
+
+    def __init__(self, num_actions: int) -> None:
+        self._rng = np.random.default_rng(1)
+        self._num_actions = num_actions
+
+    def act(
+        self, frames_NF: NDArray[Any], episode_start_NF: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        num_envs = len(frames_NF)
+        logits = self._rng.standard_normal((num_envs, self._num_actions)).astype(np.float32)
+        return self._rng.integers(self._num_actions, size=num_envs), logits
+
+
+@dataclass
+class Unroll:
+    """What an actor had in its hands when it packed a rollout."""
+
+    packed: dict[str, PackedArray]
+    arrays: dict[str, NDArray[Any]]
+    episodes: tuple[Episode, ...]
+
+
+def play(config: EnvConfig, unroll_length: int, num_unrolls: int, codec: Codec) -> list[Unroll]:
+    """What the actor's loop does with one half of its environments."""
+    spec = env_spec(config)
+    half = Half(make_vector_env(config, 2), spec, unroll_length, spec.num_actions, seed=3)
+    policy = cast(Policy, RandomPolicy(spec.num_actions))
+    packer = Packer(codec)
+    unrolls = []
+    for _ in range(num_unrolls):
+        while not half.full:
+            half.act(policy)
+            half.record(half.env.recv())
+        for n in range(half.env.num_envs):
+            arrays = {name: getattr(half, name)[n].copy() for name in ARRAYS}
+            unrolls.append(Unroll(half.pack(n, packer), arrays, tuple(half.episodes[n])))
+        half.begin_unroll()
+    half.env.close()
+    return unrolls

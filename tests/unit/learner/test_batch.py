@@ -4,44 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
 from numpy.typing import NDArray
 
-from services.actor.loop import Half
-from services.actor.policy import Policy
 from services.config import EnvConfig
 from services.learner.batch import NUM_SLOTS, Batch, Batcher, message_bytes, rollout_schema
 from services.learner.intake import Freshness, RolloutQueue
 from services.rl.actions import Discrete
-from services.rl.envs import env_spec, make_vector_env
+from services.rl.envs import env_spec
 from services.wire.codec import Codec, Expected, Packer, WireError, decode, encode, size_bytes
-from services.wire.messages import Episode, PackedArray, Rollout
-from tests.unit.learner.rollouts import RUN, SCHEMA, Counts, corrupt, rollout
+from services.wire.messages import Episode, Rollout
+from tests.unit.learner.rollouts import ARRAYS, RUN, SCHEMA, Counts, corrupt, play, rollout
 
 DEADLINE_S = 10.0
-ARRAYS = ("observation", "episode_start", "action", "behaviour_logits", "reward", "terminated")
-
-
-class RandomPolicy:
-    """Acts without a network."""
-
-    version = 0
-
-    def __init__(self, num_actions: int) -> None:
-        self._rng = np.random.default_rng(1)
-        self._num_actions = num_actions
-
-    def act(
-        self, frames_NF: NDArray[Any], episode_start_NF: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        num_envs = len(frames_NF)
-        logits = self._rng.standard_normal((num_envs, self._num_actions)).astype(np.float32)
-        return self._rng.integers(self._num_actions, size=num_envs), logits
 
 
 class Scene:
@@ -101,34 +81,6 @@ def numbers(batch: Batch) -> list[float]:
 
 
 # --- from the actor's memory to the learner's ------------------------------------------------------
-
-
-@dataclass
-class Unroll:
-    """What an actor had in its hands when it packed a rollout."""
-
-    packed: dict[str, PackedArray]
-    arrays: dict[str, NDArray[Any]]
-    episodes: tuple[Episode, ...]
-
-
-def play(config: EnvConfig, unroll_length: int, num_unrolls: int, codec: Codec) -> list[Unroll]:
-    """What the actor's loop does with one half of its environments."""
-    spec = env_spec(config)
-    half = Half(make_vector_env(config, 2), spec, unroll_length, spec.num_actions, seed=3)
-    policy = cast(Policy, RandomPolicy(spec.num_actions))
-    packer = Packer(codec)
-    unrolls = []
-    for _ in range(num_unrolls):
-        while not half.full:
-            half.act(policy)
-            half.record(half.env.recv())
-        for n in range(half.env.num_envs):
-            arrays = {name: getattr(half, name)[n].copy() for name in ARRAYS}
-            unrolls.append(Unroll(half.pack(n, packer), arrays, tuple(half.episodes[n])))
-        half.begin_unroll()
-    half.env.close()
-    return unrolls
 
 
 PIXELS: dict[str, str | int | float | bool | None] = {"pixels": True}

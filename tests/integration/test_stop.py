@@ -1,0 +1,116 @@
+"""Every way to be stopped, asked for or not: what is left behind is whole, and nobody lives on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from services.learner.checkpoint import read
+from tests.integration.conftest import StartPod, StartRun
+from tests.integration.system import START_S, STEPS_PER_UPDATE, Pod, get
+from tests.unit.learner.waiting import until
+
+pytestmark = pytest.mark.integration
+
+STOP_S = 10.0
+
+
+def stops(pod: Pod) -> None:
+    """SIGTERM ends it in time and without complaint."""
+    pod.terminate()
+    assert pod.exit_code(STOP_S) == 0, pod.log()
+    assert not [line for line in pod.log().splitlines() if " error " in line], pod.log()
+
+
+def test_each_pod_of_a_running_system_stops_alone_and_only_learners_load_torch(start_pod: StartPod) -> None:
+    paramserver, learner, actor = (start_pod(role) for role in ("paramserver", "learner", "actor"))
+    until(lambda: learner.value("learner_updates_total") > 10, "training", START_S)
+    assert all(pod.ready() for pod in (paramserver, learner, actor))
+    torch_free, with_torch = (Path(f"/proc/{pod.pid}/maps").read_text() for pod in (paramserver, learner))
+    assert "libtorch" not in torch_free
+    assert "libtorch" in with_torch
+
+    stops(actor)  # in the middle of an unroll
+    until(lambda: paramserver.value("paramserver_seats") == 0, "it has given its seat back")
+    stops(learner)  # with nobody left to send it anything
+    assert read_newest(learner, paramserver) > 0
+    stops(paramserver)
+
+
+def read_newest(learner: Pod, paramserver: Pod) -> int:
+    """Steps of the learner's last checkpoint; the parameter server may be a little behind."""
+    saved = learner.lines("checkpoint_written")[-1]
+    path = Path(saved.partition("path=")[2].partition(" ")[0])
+    trainer = read(path).trainer
+    assert trainer["version"] >= paramserver.value("paramserver_version") > 0
+    return int(trainer["steps"])
+
+
+def test_an_actor_that_waits_for_its_first_weights_is_alive_and_unready_and_stops(
+    start_pod: StartPod,
+) -> None:
+    alone = start_pod("actor", "--actor-id", "alone")
+    until(lambda: alone.lines("no_news"), "it misses the parameter server", START_S)
+    assert get(alone.port, "/healthz")[0] == 200
+    assert get(alone.port, "/readyz") == (503, "parameter server not reachable\n")
+
+    paramserver = start_pod("paramserver")
+    until(lambda: paramserver.value("paramserver_seats") == 1, "it has a seat", START_S)
+    until(lambda: "no weights" in get(alone.port, "/readyz")[1], "it misses the weights")
+    assert get(alone.port, "/readyz") == (503, "no weights have been published yet\n")
+    stops(alone)
+    until(lambda: paramserver.value("paramserver_seats") == 0, "it has given its seat back")
+
+
+def test_an_actor_that_waits_for_a_learner_stops(start_pod: StartPod) -> None:
+    start_pod("paramserver")
+    learner = start_pod("learner")
+    actor = start_pod("actor")
+    until(lambda: actor.value("actor_rollouts_sent_total") > 0, "rollouts", START_S)
+    learner.popen.kill()
+    learner.popen.wait()
+    sent, since_s = -1.0, time.monotonic()
+
+    def blocked() -> bool:
+        nonlocal sent, since_s
+        now = actor.value("actor_rollouts_sent_total")
+        if now != sent:
+            sent, since_s = now, time.monotonic()
+        return time.monotonic() - since_s > 0.5
+
+    until(blocked, "the actor is held back")
+    assert actor.ready()
+    stops(actor)
+    assert actor.value("actor_rollouts_sent_total") == 0  # it does not answer any more
+
+
+def test_a_learner_that_waits_for_rollouts_stops_and_saves_its_state(start_pod: StartPod) -> None:
+    learner = start_pod("learner")  # nor is there a parameter server
+    until(lambda: learner.value("learner_policy_version") == 0, "it is up", START_S)
+    until(lambda: get(learner.port, "/readyz")[0] == 503, "it misses the parameter server")
+    assert get(learner.port, "/healthz")[0] == 200
+    stops(learner)
+    assert learner.lines("checkpoint_written")
+
+
+def test_pods_whose_launcher_is_killed_go_away_by_themselves_and_leave_a_run_that_resumes(
+    start_run: StartRun,
+) -> None:
+    run = start_run("--total_steps", "1000000000")
+    steps = run.train_until(10 * STEPS_PER_UPDATE)
+    pods = run.pids()
+    assert len(pods) == 3
+    killed_s = time.monotonic()
+    os.kill(run.pid, signal.SIGKILL)
+    run.popen.wait()
+    until(lambda: not run.pids(), "no pod is left", STOP_S)
+    assert time.monotonic() - killed_s < STOP_S
+    assert read(run.checkpoints()[-1]).trainer["steps"] >= steps
+    resumed = start_run(resume=True)
+    resumed.train_until(steps + 10 * STEPS_PER_UPDATE)
+    resumed.interrupt()
+    assert resumed.exit_code(STOP_S) == 0
