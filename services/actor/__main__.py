@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from services import config as configuration
-from services.ops import logging
+from services.config import RunConfig
+from services.ops import logging, pod
 from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import ActorMetrics
@@ -24,29 +20,12 @@ STOP_S = 5.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong."""
-    parser = argparse.ArgumentParser(prog="impala actor", allow_abbrev=False, add_help=True)
-    parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
-    parser.add_argument(
-        "--actor-id", default=socket.gethostname(), help="name of this actor, unique in its run"
-    )
-    parser.add_argument("--parent-pid", type=int, help="stop when this process is gone")
-    arguments, flags = parser.parse_known_args(argv)
-    try:
-        config = configuration.load(arguments.config, os.environ, flags)
-        limit_threads(config.actor.inference_threads)  # before anything imports torch
-        return run(config, arguments.actor_id, arguments.parent_pid)
-    except ValueError as error:  # ConfigError, and what only shows when things are built
-        sys.stderr.write("".join(f"impala actor: {line}\n" for line in str(error).splitlines()))
-        return 2
+    return pod.main("actor", argv, run)
 
 
-def run(config: configuration.RunConfig, actor_id: str, parent_pid: int | None) -> int:
+def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     """Build, run, stop."""
-    logging.setup("actor", config.ops.log_level)
-    lifecycle = Lifecycle()
-    lifecycle.install_signals()
-    if parent_pid is not None:
-        lifecycle.watch_parent(parent_pid)
+    limit_threads(config.actor.inference_threads)  # before anything imports torch
 
     import torch
 

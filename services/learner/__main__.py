@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from services import config as configuration
-from services.ops import logging
+from services.config import RunConfig
+from services.ops import logging, pod
 from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import LearnerMetrics
@@ -26,29 +23,12 @@ DIVERGED = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong, 3 the training diverged."""
-    parser = argparse.ArgumentParser(prog="impala learner", allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
-    parser.add_argument(
-        "--learner-id", default=socket.gethostname(), help="name of this learner, unique in its run"
-    )
-    parser.add_argument("--parent-pid", type=int, help="stop when this process is gone")
-    arguments, flags = parser.parse_known_args(argv)
-    try:
-        config = configuration.load(arguments.config, os.environ, flags)
-        limit_threads(config.learner.num_threads)  # before anything imports torch
-        return run(config, arguments.learner_id, arguments.parent_pid)
-    except ValueError as error:  # ConfigError, and what only shows when things are built
-        sys.stderr.write("".join(f"impala learner: {line}\n" for line in str(error).splitlines()))
-        return 2
+    return pod.main("learner", argv, run)
 
 
-def run(config: configuration.RunConfig, learner_id: str, parent_pid: int | None) -> int:
+def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     """Build, run, stop."""
-    logging.setup("learner", config.ops.log_level)
-    lifecycle = Lifecycle()
-    lifecycle.install_signals()
-    if parent_pid is not None:
-        lifecycle.watch_parent(parent_pid)
+    limit_threads(config.learner.num_threads)  # before anything imports torch
 
     import torch
     from safetensors import SafetensorError

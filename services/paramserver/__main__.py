@@ -6,20 +6,17 @@ it is a relay of another parameter server: the same process, but without snapsho
 
 from __future__ import annotations
 
-import argparse
-import os
-import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from services import config as configuration
-from services.config import ConfigError, RunConfig
-from services.ops import logging
+from services.config import RunConfig
+from services.ops import logging, pod
 from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import ParamserverMetrics
@@ -36,47 +33,26 @@ LAST_SNAPSHOT_S = 5.0
 """How long the end of the process waits for a slow disk."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 after a stop that was asked for, 2 for what the user can mend, 1 for a bug."""
-    parser = argparse.ArgumentParser(
-        prog="python -m services.paramserver",
-        description="Serve weights and seats. All other flags are configuration keys: --paramserver.hold_s 3",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
-    parser.add_argument("--parent-pid", type=int, help="stop when this process, our parent, is gone")
-    arguments, flags = parser.parse_known_args(argv)
-    try:
-        config = configuration.load(arguments.config, os.environ, flags)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    logging.setup("paramserver", config.ops.log_level)
-    lifecycle = Lifecycle()
-    lifecycle.install_signals()
-    if arguments.parent_pid is not None:
-        lifecycle.watch_parent(arguments.parent_pid)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong."""
+    return pod.main("paramserver", argv, run)
+
+
+def run(config: RunConfig, paramserver_id: str, lifecycle: Lifecycle) -> int:
+    """Build, run, stop."""
     heartbeat = Heartbeat()
     registry = CollectorRegistry()
     metrics = ParamserverMetrics(registry)
-    try:
-        replier = Replier(config.wire.paramserver_bind, config.wire.max_message_bytes)
-    except ValueError as error:
-        sys.stderr.write(f"wire.paramserver_bind: {error}\n")
-        return 2
-    loop, store, relay = _build(config, replier, metrics)
-    try:
-        health = HealthServer(
-            config.ops.host,
-            config.ops.port,
-            registry,
-            heartbeat,
-            config.ops.liveness_timeout_s,
-            readiness=partial(_missing, relay),
-        )
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+    replier = Replier(config.wire.paramserver_bind, config.wire.max_message_bytes)
+    loop, store, relay = _build(config, paramserver_id, replier, metrics)
+    health = HealthServer(
+        config.ops.host,
+        config.ops.port,
+        registry,
+        heartbeat,
+        config.ops.liveness_timeout_s,
+        readiness=partial(_missing, relay),
+    )
     log = logging.get_logger("main")
     log.info("serving", endpoint=replier.endpoint, ops_port=health.port, run_id=config.run_id)
     writer = None if relay is not None else _writer(config, store, metrics)
@@ -92,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _build(
-    config: RunConfig, replier: Replier, metrics: ParamserverMetrics
+    config: RunConfig, paramserver_id: str, replier: Replier, metrics: ParamserverMetrics
 ) -> tuple[Loop, Store, Relay | None]:
     incarnation = time.time_ns()  # differs from that of any earlier life
     upstream = config.paramserver.upstream
@@ -112,7 +88,7 @@ def _build(
     if upstream is None:
         return Loop(server=server, replier=replier, metrics=metrics), store, None
     relay = Relay(
-        client=Client(client_id=f"relay-{socket.gethostname()}", incarnation=incarnation),
+        client=Client(client_id=f"relay-{paramserver_id}", incarnation=incarnation),
         run_id=config.run_id,
         hold_s=config.paramserver.hold_s,
         max_message_bytes=config.wire.max_message_bytes,

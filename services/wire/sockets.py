@@ -55,12 +55,17 @@ class _Socket:
         }.items():
             self._socket.setsockopt(option, value)
 
-    def _bind(self, endpoint: str) -> None:
+    def _bind(self, endpoint: str, key: str) -> None:
+        """``key`` is where the user wrote the endpoint."""
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self._socket.close()
-            raise ValueError(f"cannot listen on {endpoint}: {error.strerror}") from None
+            # pyzmq appends the address that we have named already
+            reason = str(error.strerror).partition(" (addr=")[0]
+            raise ValueError(
+                f"{key} = {endpoint!r}: cannot listen ({reason}); allowed is a free address of this host"
+            ) from None
 
     @property
     def endpoint(self) -> str:
@@ -116,7 +121,7 @@ class RolloutReceiver(_Socket):
     def __init__(self, endpoint: str, queue: int, max_message_bytes: int) -> None:
         super().__init__(zmq.PULL, max_message_bytes)
         self._socket.setsockopt(zmq.RCVHWM, queue)
-        self._bind(endpoint)
+        self._bind(endpoint, "wire.learner_bind")
 
     def receive(self, timeout_s: float) -> list[Buffer] | None:
         """The next message's frames, not copied; None if there is none within ``timeout_s``."""
@@ -170,7 +175,7 @@ class Replier(_Socket):
         self._socket.setsockopt(zmq.SNDHWM, 8)
         self._socket.setsockopt(zmq.RCVHWM, 8)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # report peers that are gone or do not read
-        self._bind(endpoint)
+        self._bind(endpoint, "wire.paramserver_bind")
 
     def receive(self, timeout_s: float) -> tuple[bytes, list[Buffer]] | None:
         """(peer, frames) of the next request; None if there is none within ``timeout_s``."""
