@@ -574,7 +574,10 @@ def test_it_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     [
         (["--paramserver.hold_s", "-1"], "paramserver.hold_s"),
         (["--paramserver.hold"], "--paramserver.hold: unknown key; did you mean paramserver.hold_s"),
-        (["--wire.paramserver_bind", "tcp://192.0.2.1:5556"], "wire.paramserver_bind = 'tcp://192.0.2.1:5556': cannot listen"),
+        (
+            ["--wire.paramserver_bind", "tcp://192.0.2.1:5556"],
+            "wire.paramserver_bind = 'tcp://192.0.2.1:5556': cannot listen",
+        ),
         (
             ["--ops.host", "192.0.2.1", "--wire.paramserver_bind", "tcp://127.0.0.1:*"],
             "ops.host = '192.0.2.1'",
