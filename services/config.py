@@ -30,7 +30,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-Endpoint = Annotated[str, Field(pattern=r"^(tcp|ipc|inproc)://.+$")]
+Endpoint = Annotated[str, Field(pattern=r"^(tcp://(\[[0-9a-fA-F:.]+\]|[^:/\s\[\]]+):(\d{1,5}|\*)|ipc://.+)$")]
+"""`tcp://host:port` or `ipc:///path`."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -117,14 +118,16 @@ class OptimiserConfig(Section):
     """`linear` falls to 0 at `total_steps`."""
     rmsprop_alpha: Probability = 0.99
     """rmsprop: decay of the squared-gradient average."""
+    rmsprop_epsilon: PositiveFloat = 0.01
+    """rmsprop: added to the root of the squared-gradient average."""
     rmsprop_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """rmsprop: momentum."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """adam: decay of the gradient average."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """adam: decay of the squared-gradient average."""
-    epsilon: PositiveFloat = 0.01
-    """Added to the root of the squared-gradient average."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """adam: added to the root of the squared-gradient average."""
     max_grad_norm: PositiveFloat = 40.0
     """Gradients are scaled down to this global norm."""
 
@@ -156,12 +159,13 @@ class LearnerConfig(Section):
     queue_capacity: PositiveInt | None = None
     """Rollouts that may wait, still compressed; null is two batches. When it is full the learner stops
     reading and the actors wait: a longer queue only makes the rollouts older."""
-    max_policy_lag: PositiveInt = 20
-    """Rollouts more than this many versions behind the learner are dropped and counted."""
+    max_policy_lag: PositiveInt | None = None
+    """Rollouts more than this many versions behind the learner are dropped and counted; null is 20, or twice
+    what the fleet has in flight if that is more: actors x num_envs / (batch_size x learners)."""
     max_nonfinite_updates: PositiveInt = 10
     """Consecutive updates with a non-finite gradient, each skipped, after which the learner gives up."""
-    log_interval_s: PositiveFloat = 5.0
-    """Time between two lines of metrics.jsonl."""
+    log_interval_s: Annotated[float, Field(gt=0, le=600)] = 5.0
+    """Time between two lines of metrics.jsonl, and between two looks at `max_nonfinite_updates`."""
 
 
 class CheckpointConfig(Section):
@@ -231,7 +235,7 @@ class RunConfig(Section):
     run_dir: Path = Path("runs/local")
     """Checkpoints, metrics and logs of this run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
-    """Of environments, action sampling and initial weights."""
+    """Of environments and initial weights. Actions are drawn anew in every life of an actor."""
     total_steps: PositiveInt = 50_000_000
     """Agent steps to train for (50M agent steps = 200M Atari frames)."""
     unroll_length: Annotated[int, Field(ge=1, le=4096)] = 20
@@ -261,6 +265,17 @@ class RunConfig(Section):
         """Rollouts that may wait in a learner."""
         return self.learner.queue_capacity or 2 * self.batch_size
 
+    @property
+    def batches_in_flight(self) -> int:
+        """How many updates one unroll of the whole fleet is worth: policy lag that no setting can avoid."""
+        per_update = self.batch_size * len(self.wire.learner_endpoints)
+        return -(-self.actors * self.actor.num_envs // per_update)
+
+    @property
+    def max_policy_lag(self) -> int:
+        """Versions behind the learner at which a rollout is dropped."""
+        return self.learner.max_policy_lag or max(20, 2 * self.batches_in_flight)
+
     @model_validator(mode="after")
     def _check_across_fields(self) -> RunConfig:
         if self.preset not in PRESETS:
@@ -275,19 +290,17 @@ class RunConfig(Section):
                 f"total_steps = {self.total_steps}: less than one update; allowed is at least "
                 f"unroll_length x batch_size = {self.steps_per_update}"
             )
-        in_flight = -(
-            -self.actors * self.actor.num_envs // (self.batch_size * len(self.wire.learner_endpoints))
-        )
-        if self.learner.max_policy_lag < in_flight:
+        in_flight = self.batches_in_flight
+        if self.max_policy_lag < in_flight:
             raise ValueError(
-                f"learner.max_policy_lag = {self.learner.max_policy_lag}: actors x actor.num_envs = "
+                f"learner.max_policy_lag = {self.max_policy_lag}: actors x actor.num_envs = "
                 f"{self.actors * self.actor.num_envs} environments finish {in_flight} batches of "
-                f"{self.batch_size} in one unroll, so rollouts would always be dropped as stale; "
+                f"{self.batch_size} in one unroll, so most rollouts would be dropped as stale; "
                 f"allowed is at least {in_flight}"
             )
-        if self.paramserver.hold_s >= self.paramserver.seat_lease_s:
+        if 2 * self.paramserver.hold_s >= self.paramserver.seat_lease_s:
             raise ValueError(
-                f"paramserver.hold_s = {self.paramserver.hold_s}: allowed is less than "
+                f"paramserver.hold_s = {self.paramserver.hold_s}: allowed is less than half of "
                 f"paramserver.seat_lease_s = {self.paramserver.seat_lease_s}, or seats end while actors wait"
             )
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
@@ -30,7 +31,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     import torch
 
     from services.actor.loop import ActorLoop, Half
-    from services.actor.policy import Policy
+    from services.actor.policy import Policy, mismatch
     from services.actor.weights import WeightsClient
     from services.rl import precision
     from services.rl.actions import Discrete
@@ -56,6 +57,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
         connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
         client=client,
         expected=expected,
+        mismatch=partial(mismatch, network),
         hold_s=config.paramserver.hold_s,
         interval_s=config.actor.weights_interval_s,
         stopping=lifecycle.stopping,

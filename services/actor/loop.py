@@ -35,6 +35,7 @@ from services.wire.messages import NO_VERSION, Client, Episode, PackedArray, Rol
 from services.wire.sockets import RolloutSender
 
 SEND_POLL_S = 0.25
+IDLE_S = 0.25
 
 
 class Half:
@@ -168,6 +169,9 @@ class ActorLoop:
             half.act(self._policy)
         while not self._stopping.is_set():
             self._heartbeat.beat()
+            if self._weights.state == "complete":  # nobody trains on what would be played now
+                self._stopping.wait(IDLE_S)
+                continue
             for half in self._halves:
                 waited_s = time.perf_counter()
                 transition = half.env.recv()
@@ -198,14 +202,20 @@ class ActorLoop:
             frames = codec.encode(self._rollout(half, n))
             blocked_s = time.perf_counter()
             while not self._sender.send(frames, SEND_POLL_S):
+                blocked_s = self._count_blocked(blocked_s)
                 self._heartbeat.beat()  # waiting for a learner is not being stuck
                 if self._stopping.is_set():
                     self._metrics.rollouts_dropped.labels("stopping").inc(half.env.num_envs - n)
                     return False
-            self._seconds["send_blocked"].inc(time.perf_counter() - blocked_s)
+            self._count_blocked(blocked_s)
             self._metrics.rollouts_sent.inc()
             self._metrics.sent_bytes.inc(codec.size_bytes(frames))
         return True
+
+    def _count_blocked(self, since_s: float) -> float:
+        now_s = time.perf_counter()
+        self._seconds["send_blocked"].inc(now_s - since_s)
+        return now_s
 
     def _rollout(self, half: Half, n: int) -> Rollout:
         sequence, self._sequence = self._sequence, self._sequence + 1

@@ -19,6 +19,17 @@ from services.rl.networks import ActorCritic
 from services.wire.messages import NO_VERSION
 
 
+def mismatch(network: ActorCritic, tensors: Mapping[str, Tensor]) -> str | None:
+    """In a few words why these are not this network's weights, or None."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    if not wrong:
+        return None
+    name = wrong[0]
+    return f"{name} has shape {given.get(name, 'none')}, the network's has {own.get(name, 'none')}"
+
+
 class Policy:
     """Acts for a whole vector of environments at once."""
 
@@ -34,11 +45,8 @@ class Policy:
         self.version = NO_VERSION
 
     def load(self, version: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take over new weights, whatever their dtype; a name or shape that does not fit is a ValueError."""
-        try:
-            self._network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"weights of version {version} are not this network's: {error}") from None
+        """Take over new weights, whatever their dtype. Their names and shapes have been checked."""
+        self._network.load_state_dict(tensors)
         self.version = version
 
     def act(

@@ -35,6 +35,8 @@ from services.wire.sockets import Requester
 
 POLL_S = 0.25
 REFUSED_PAUSE_S = 2.0
+BEHIND_S = 10.0
+"""A restarted server holds less than its actors until the learner publishes again, which takes 2 s."""
 
 _log = get_logger("weights").limited(10.0)
 
@@ -58,6 +60,7 @@ class WeightsClient:
         connect: Callable[[], Requester],
         client: Client,
         expected: codec.Expected,
+        mismatch: Callable[[Mapping[str, Tensor]], str | None],
         hold_s: float,
         interval_s: float,
         stopping: threading.Event,
@@ -65,11 +68,13 @@ class WeightsClient:
         self._connect = connect
         self._client = client
         self._expected = expected
+        self._mismatch = mismatch
         self._patience_s = 2 * hold_s
         self._interval_s = interval_s
         self._stopping = stopping
         self._seated = threading.Event()
         self._arrived = threading.Event()
+        self._behind_since_s: float | None = None
         self.newest: Snapshot | None = None
         self.state: RunState = "waiting"
         self.trouble: str | None = "no answer from the parameter server yet"
@@ -124,10 +129,14 @@ class WeightsClient:
         return True
 
     def _request(self) -> Pull:
-        have = self.newest.version if self.newest else NO_VERSION
+        have = self.newest.version if self.newest and not self._is_behind() else NO_VERSION
         return Pull(
             run_id=self._expected.run_id, sender=self._client, have_version=have, seats_for=(self._client,)
         )
+
+    def _is_behind(self) -> bool:
+        """The server has held less than we do for so long that its run must have gone back."""
+        return self._behind_since_s is not None and time.monotonic() - self._behind_since_s > BEHIND_S
 
     def _await_reply(self, requester: Requester, asked_s: float) -> bool:
         while not self._stopping.is_set():
@@ -150,18 +159,25 @@ class WeightsClient:
                 self._accept(reply)
             else:
                 self._trouble(f"unusable reply: {type(reply).__name__}")
-        except (WireError, SafetensorError) as error:
+        except (WireError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            # safetensors.torch raises more than its own error for what its parser lets pass
             self._trouble(f"unusable reply: {error}")
             self._stopping.wait(REFUSED_PAUSE_S * random.uniform(0.5, 1.5))
 
     def _accept(self, reply: Weights) -> None:
         if reply.payload is not None:
             tensors = safetensors.torch.load(bytes(reply.payload))
+            if (wrong := self._mismatch(tensors)) is not None:
+                raise ValueError(f"weights of version {reply.version} are another network's: {wrong}")
             self.newest = Snapshot(version=reply.version, tensors=tensors, received_s=time.monotonic())
             self._arrived.set()
         if reply.seats and reply.seats[0] != NO_SEAT:
             self._client = replace(self._client, seat=reply.seats[0])
             self._seated.set()
+        if self.newest is None or reply.version >= self.newest.version:
+            self._behind_since_s = None
+        elif self._behind_since_s is None:
+            self._behind_since_s = time.monotonic()
         self.state = reply.state
         self.trouble = None
 

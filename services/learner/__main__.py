@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -15,6 +18,15 @@ from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import LearnerMetrics
 from services.ops.threads import limit_threads
+
+if TYPE_CHECKING:  # torch only after the threads are limited
+    import torch
+    from torch import nn
+
+    from services.learner.checkpoint import Checkpoint
+    from services.learner.report import Episodes
+    from services.learner.trainer import Trainer
+    from services.wire.messages import ArraySpec, Weights
 
 STOP_S = 5.0
 FIND_NEWER_S = 3.0
@@ -31,14 +43,13 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     limit_threads(config.learner.num_threads)  # before anything imports torch
 
     import torch
-    from safetensors import SafetensorError
 
     from services.learner.batch import Batcher, message_bytes, rollout_schema
-    from services.learner.checkpoint import Checkpoint, CheckpointStore
+    from services.learner.checkpoint import CheckpointStore
     from services.learner.group import Group
     from services.learner.intake import Freshness, Intake, RolloutQueue
     from services.learner.loop import LearnerLoop
-    from services.learner.publisher import Publisher, WeightsCopier, tensors_of
+    from services.learner.publisher import Publisher, WeightsCopier
     from services.learner.report import Episodes, Reporter
     from services.learner.trainer import Trainer, TrainingDivergedError
     from services.rl import precision
@@ -56,14 +67,13 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     spec = env_spec(config.env)
     actions = Discrete(spec.num_actions)
     schema = rollout_schema(spec, actions, config.unroll_length)
-    if message_bytes(schema) > config.wire.max_message_bytes:
-        raise ValueError(
-            f"wire.max_message_bytes = {config.wire.max_message_bytes}: a rollout of {config.env.id} can "
-            f"never arrive; allowed is at least {message_bytes(schema)}"
-        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and events mean the current device
+    network = make_network(spec, config.network)
+    refuse_impossible_sizes(config, schema, network)
     group = Group()
     trainer = Trainer(
-        network=make_network(spec, config.network),
+        network=network,
         actions=actions,
         config=config,
         frame_stack=spec.frame_stack,
@@ -81,16 +91,8 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     heartbeat = Heartbeat()
     episodes = Episodes()
 
-    def accept(checkpoint: Checkpoint) -> None:
-        try:
-            trainer.load_state_dict(checkpoint.trainer)
-            episodes.load_state_dict(checkpoint.episodes)
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"checkpoint {checkpoint.path}: does not fit this run ({why})") from None
-
     checkpoints = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, metrics)
-    restored = checkpoints.latest(accept)
+    restored = checkpoints.latest(partial(restore, config, trainer, episodes))
     client = Client(client_id=learner_id, incarnation=time.time_ns())
     publisher = Publisher(
         connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
@@ -103,15 +105,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     state: RunState = "complete" if trainer.complete else "training"
     newer = publisher.fetch_newer(trainer.version, trainer.steps, state, FIND_NEWER_S)
     if newer is not None:
-        try:
-            trainer.load(tensors_of(newer))
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"run_id = {config.run_id!r}: the parameter server holds version {newer.version}, which does "
-                f"not fit this network ({' '.join(str(error).split())}); allowed is the network that the run "
-                "began with, or another run_id"
-            ) from None
-        trainer.version, trainer.steps = newer.version, newer.steps
+        adopt(config, trainer, newer)
     metrics.policy_version.set(trainer.version)
     metrics.steps.set(trainer.steps)
     log.info(
@@ -126,13 +120,18 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     )
 
     queue = RolloutQueue(config.queue_capacity)
-    freshness = Freshness(lambda: trainer.version, config.learner.max_policy_lag)
+    freshness = Freshness(lambda: trainer.version, config.max_policy_lag)
     # What is more than twice too large, libzmq refuses before it allocates; what is less, we count.
     most_bytes = message_bytes(schema)
     receiver = RolloutReceiver(config.wire.learner_bind, config.wire.receive_queue, 2 * most_bytes)
     intake = Intake(
         receiver=receiver,
-        expected=codec.Expected(run_id=config.run_id, max_message_bytes=most_bytes, schema=schema),
+        expected=codec.Expected(
+            run_id=config.run_id,
+            max_message_bytes=most_bytes,
+            schema=schema,
+            max_episodes=config.unroll_length,
+        ),
         queue=queue,
         freshness=freshness,
         on_episode=episodes.add,
@@ -183,7 +182,8 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         stopping=lifecycle.stopping,
     )
     try:
-        loop.run()
+        if not loop.run():
+            lifecycle.stop("the last checkpoint could not be written", 1)
     except TrainingDivergedError as error:
         log.error("training_diverged", reason=error)
         lifecycle.stop("training diverged", DIVERGED)
@@ -198,7 +198,60 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     return lifecycle.exit_code
 
 
-def resolve_device(name: str) -> "torch.device":  # type: ignore[name-defined]  # noqa: F821, UP037
+def refuse_impossible_sizes(config: RunConfig, schema: Mapping[str, ArraySpec], network: nn.Module) -> None:
+    """ValueError for what could never arrive, be published or be held in memory."""
+    from services.learner.batch import NUM_SLOTS, message_bytes
+
+    rollout_bytes = message_bytes(schema)
+    weights_bytes = sum(tensor.nbytes for tensor in network.state_dict().values()) + 65_536
+    allowed = config.wire.max_message_bytes
+    for size, what in ((rollout_bytes, f"a rollout of {config.env.id}"), (weights_bytes, "the weights")):
+        if size > allowed:
+            raise ValueError(
+                f"wire.max_message_bytes = {allowed}: {what} could never be sent; allowed is at least {size}"
+            )
+    batches_gb = NUM_SLOTS * config.batch_size * rollout_bytes / 1e9
+    physical_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if batches_gb > physical_gb:
+        raise ValueError(
+            f"batch_size = {config.batch_size}, unroll_length = {config.unroll_length}: {NUM_SLOTS} batches "
+            f"take {batches_gb:,.0f} GB; allowed is less than this machine's {physical_gb:,.0f} GB"
+        )
+
+
+def restore(config: RunConfig, trainer: Trainer, episodes: Episodes, checkpoint: Checkpoint) -> None:
+    """Continue from ``checkpoint``; ValueError if it is of another game, network or optimiser."""
+    try:
+        ours = configuration.dump(config)
+        for section, knob in (("env", "id"), ("network", "name")):
+            was, now = checkpoint.config[section][knob], ours[section][knob]
+            if was != now:
+                raise ValueError(f"{section}.{knob} was {was!r} and is {now!r}")  # noqa: TRY301
+        trainer.load_state_dict(checkpoint.trainer)
+        episodes.load_state_dict(checkpoint.episodes)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"checkpoint {checkpoint.path}: does not fit this run ({why})") from None
+
+
+def adopt(config: RunConfig, trainer: Trainer, newer: Weights) -> None:
+    """Continue from what the parameter server holds; ValueError if it is another network's."""
+    from safetensors import SafetensorError
+
+    from services.learner.publisher import tensors_of
+
+    try:
+        trainer.load(tensors_of(newer))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"run_id = {config.run_id!r}: the parameter server holds version {newer.version}, which does not "
+            f"fit this network ({' '.join(str(error).split())}); allowed is the network that the run began "
+            "with, or another run_id"
+        ) from None
+    trainer.version, trainer.steps = newer.version, newer.steps
+
+
+def resolve_device(name: str) -> torch.device:
     """The device of the training; ValueError if this machine does not have it."""
     import torch
 

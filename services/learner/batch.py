@@ -16,6 +16,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -54,8 +55,16 @@ def message_bytes(schema: Mapping[str, ArraySpec]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B rollouts as host tensors, columns first. Its memory is reused after ``release``."""
+    """B rollouts, columns first. Its memory is reused after ``release``."""
 
+    TENSORS: ClassVar = (
+        "observation",
+        "episode_start",
+        "action",
+        "behaviour_logits",
+        "reward",
+        "terminated",
+    )
     observation: Tensor
     """[B, F, ...]: single frames, F = frame_stack - 1 + T + 1."""
     episode_start: Tensor
@@ -135,10 +144,12 @@ class Batcher:
             if not taken and self._stopping.is_set():
                 return None
             for rollout in taken:
-                if self._freshness.stale(rollout, updates_ahead=NUM_SLOTS - 1):
+                # Every other buffer that is not free is a batch that will be trained on before this one.
+                if self._freshness.stale(rollout, updates_ahead=NUM_SLOTS - 1 - self._free.qsize()):
                     self._metrics.rollouts.labels("stale").inc()
                 elif self._unpack(rollout, slot, len(versions)):
                     versions.append(rollout.policy_version)
+                    self._metrics.rollouts.labels("ok").inc()
             self._metrics.queue_depth.set(len(self._rollouts))
         return tuple(versions)
 

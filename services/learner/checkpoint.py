@@ -87,6 +87,8 @@ class CheckpointStore:
         self._writer: threading.Thread | None = None
         self._best_return = float("-inf")
         self._refused: set[Path] = set()
+        self.saved_steps = -1
+        """Steps of the newest checkpoint that this process has written."""
 
     def latest(self, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
         """The newest usable checkpoint; ``accept`` raises ValueError for one that does not fit.
@@ -125,16 +127,13 @@ class CheckpointStore:
         episodes: Mapping[str, Any],
         config: Mapping[str, Any],
         complete: bool,
-        wait: bool,
     ) -> bool:
-        """Write a checkpoint; unless ``wait``, in the background, and not at all while one is being written.
+        """Begin to write a checkpoint in the background; False, and nothing, while one is being written.
 
-        The state is copied before this returns, so that the training may go on. False if nothing was begun.
+        The state is copied before this returns, so that the training may go on.
         """
-        if self._writer is not None:
-            if not wait and self._writer.is_alive():
-                return False
-            self._writer.join()
+        if self.busy:
+            return False
         content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -145,9 +144,12 @@ class CheckpointStore:
         }
         self._writer = threading.Thread(target=self._write, args=(content,), name="checkpoint", daemon=True)
         self._writer.start()
-        if wait:
-            self._writer.join()
         return True
+
+    @property
+    def busy(self) -> bool:
+        """One is being written."""
+        return self._writer is not None and self._writer.is_alive()
 
     def _write(self, content: dict[str, Any]) -> None:
         steps, mean_return = content["trainer"]["steps"], content["episodes"]["mean_return"]
@@ -168,6 +170,7 @@ class CheckpointStore:
             self._metrics.checkpoint_failures.inc()
             _log.error("checkpoint_failed", path=path, error=error)
             return
+        self.saved_steps = steps
         self._metrics.checkpoint_timestamp_seconds.set(time.time())
         _log.info("checkpoint_written", path=path, steps=steps, seconds=time.monotonic() - started_s)
 

@@ -1,7 +1,7 @@
 """The learners' group: who trains together, and how their gradients become one.
 
-Today a group has one member. The trainer already speaks to it as to many: it hands over gradient sums and
-sample counts, and takes the leader's word on who publishes and checkpoints.
+Today a group has one member, and averaging is nothing to do. The trainer calls it where many would meet,
+between the backward pass and the clipping, and only the leader publishes and writes checkpoints.
 """
 
 from __future__ import annotations

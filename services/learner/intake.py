@@ -24,6 +24,7 @@ from services.wire.sockets import RolloutReceiver
 
 POLL_S = 0.25
 MAX_TRACKED_ACTORS = 16_384
+MAX_GAP = 1_000_000
 
 
 class RolloutQueue:
@@ -64,9 +65,13 @@ class Freshness:
         self._max_policy_lag = max_policy_lag
 
     def stale(self, rollout: Rollout, updates_ahead: int = 0) -> bool:
-        """Too far behind, if ``updates_ahead`` more updates come before the one that it would be used in."""
-        lag = self._current_version() + updates_ahead - rollout.policy_version
-        return lag > self._max_policy_lag
+        """Too far behind, if ``updates_ahead`` more updates come before the one that it would be used in.
+
+        Also ahead of us: then weights acted that the learner lost when it went back to a checkpoint.
+        """
+        version = self._current_version()
+        too_old = version + updates_ahead - rollout.policy_version > self._max_policy_lag
+        return too_old or rollout.policy_version > version
 
 
 class Intake:
@@ -122,7 +127,6 @@ class Intake:
         while not self._queue.put(rollout, POLL_S):
             if self._stopping.is_set():
                 return
-        self._metrics.rollouts.labels("ok").inc()
         self._metrics.queue_depth.set(len(self._queue))
 
     def refuse(self, error: WireError) -> None:
@@ -142,6 +146,8 @@ class SequenceTracker:
         """How many are missing just before this one."""
         incarnation, expected = self._next.pop(rollout.actor_id, (rollout.incarnation, rollout.sequence))
         missing = max(0, rollout.sequence - expected) if incarnation == rollout.incarnation else 0
+        if missing > MAX_GAP:
+            missing = 0  # not a gap but nonsense
         if incarnation <= rollout.incarnation:
             incarnation, expected = rollout.incarnation, rollout.sequence + 1
         self._next[rollout.actor_id] = (incarnation, expected)

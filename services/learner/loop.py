@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from services.learner.batch import Batch, Batcher
 from services.learner.checkpoint import CheckpointStore
 from services.learner.group import Group
@@ -31,6 +29,10 @@ from services.wire.messages import NO_VERSION
 
 POLL_S = 0.25
 PUBLISH_LAST_S = 5.0
+SAVE_LAST_S = 20.0
+"""How long a slow disk may hold up the end of the pod; a launcher or kubelet gives 30 s."""
+SAVE_RETRY_S = 10.0
+SAVE_POLL_S = 0.02
 
 _log = get_logger("loop")
 
@@ -78,8 +80,8 @@ class LearnerLoop:
             for stage in ("wait", "h2d", "forward_backward", "allreduce", "publish")
         }
 
-    def run(self) -> None:
-        """Train until all steps are done or the pod stops; either way the state is saved."""
+    def run(self) -> bool:
+        """Train until all steps are done or the pod stops; returns whether the last state was saved."""
         self._publish()
         checkpoint_due_s = self._clock() + self._checkpoint_interval_s
         report_due_s = self._clock() + self._log_interval_s
@@ -92,18 +94,40 @@ class LearnerLoop:
                 self._report()
             if self._group.is_leader and self._clock() >= checkpoint_due_s:
                 checkpoint_due_s = self._clock() + self._checkpoint_interval_s
-                self._checkpoint(wait=False)
+                self._checkpoint()
         self._report()
-        if self._group.is_leader:
-            self._checkpoint(wait=True)
-        if not self._trainer.complete:
-            return
-        self._publisher.offer(self._trainer.version, self._trainer.steps, "complete", wait_s=PUBLISH_LAST_S)
-        self._publisher.wait_until_held(self._trainer.version, PUBLISH_LAST_S)
-        self._metrics.training_complete.set(1)
-        _log.info("training_complete", steps=self._trainer.steps, policy_version=self._trainer.version)
-        while not self._stopping.wait(POLL_S):
+        saved = self._save_last() if self._group.is_leader else True
+        if self._trainer.complete and saved:
+            self._announce_completion()
+            while not self._stopping.wait(POLL_S):
+                self._heartbeat.beat()
+        return saved
+
+    def _save_last(self) -> bool:
+        """Whether the last state is on the disk: tried until it is, or once if the pod has to stop."""
+        attempts, retry_at_s, deadline_s = 0, 0.0, float("inf")
+        while self._checkpoints.saved_steps != self._trainer.steps:
             self._heartbeat.beat()
+            now_s = self._clock()
+            if self._stopping.is_set():
+                deadline_s = min(deadline_s, now_s + SAVE_LAST_S)
+                if now_s >= deadline_s or (attempts and not self._checkpoints.busy):
+                    _log.error("last_checkpoint_missing", steps=self._trainer.steps)
+                    return False
+            if not self._checkpoints.busy and now_s >= retry_at_s:
+                self._checkpoint()
+                attempts, retry_at_s = attempts + 1, now_s + SAVE_RETRY_S
+            time.sleep(SAVE_POLL_S)
+        return True
+
+    def _announce_completion(self) -> None:
+        version, steps = self._trainer.version, self._trainer.steps
+        if self._group.is_leader:
+            # Should the server be away for longer, the publisher goes on telling it.
+            self._publisher.offer(version, steps, "complete", wait_s=PUBLISH_LAST_S)
+            self._publisher.wait_until_confirmed(version, "complete", PUBLISH_LAST_S)
+        self._metrics.training_complete.set(1)
+        _log.info("training_complete", steps=steps, policy_version=version)
 
     def _turn(self) -> None:
         waiting_s = time.perf_counter()
@@ -124,7 +148,6 @@ class LearnerLoop:
     def _update(self, batch: Batch) -> None:
         copying_s = time.perf_counter()
         on_device = self._trainer.to_device(batch)
-        copied = torch.cuda.current_stream().record_event() if on_device is not batch else None
         training_s = time.perf_counter()
         self._stage["h2d"].observe(training_s - copying_s)
         steps_before = self._trainer.steps
@@ -132,9 +155,7 @@ class LearnerLoop:
         # back to a checkpoint, the next version is numbered above what it holds.
         self._trainer.version = max(self._trainer.version, self._publisher.held_version)
         self._trainer.update(on_device)
-        if copied is not None:
-            copied.synchronize()  # the update is queued behind the copy, so this waits for the copy alone
-        batch.release()
+        on_device.release()
         publishing_s = time.perf_counter()
         self._stage["forward_backward"].observe(publishing_s - training_s)
         self._publish()
@@ -148,6 +169,8 @@ class LearnerLoop:
 
     def _publish(self) -> None:
         version = self._trainer.version
+        if not self._group.is_leader:
+            return
         if version > self._offered and self._publisher.offer(version, self._trainer.steps, "training"):
             self._offered = version
 
@@ -160,11 +183,10 @@ class LearnerLoop:
             learning_rate=self._trainer.learning_rate,
         )
 
-    def _checkpoint(self, wait: bool) -> None:
+    def _checkpoint(self) -> None:
         self._checkpoints.save(
             trainer=self._trainer.state_dict(),
             episodes=self._episodes.state_dict(),
             config=self._config,
             complete=self._trainer.complete,
-            wait=wait,
         )

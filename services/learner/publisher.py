@@ -76,7 +76,7 @@ class WeightsCopier:
             return
         # Cloned in the trainer's own stream, before the next update writes; carried to the host beside it.
         clones = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             for name, copy in self._copies.items():
                 copy.copy_(clones[name], non_blocking=True)
@@ -112,6 +112,7 @@ class Publisher:
         self._edition: _Edition | None = None
         self.held_version = NO_VERSION
         """What the server held when it last answered."""
+        self._confirmed: tuple[int, RunState] | None = None
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why nothing can be published, or None."""
 
@@ -125,10 +126,10 @@ class Publisher:
             self._changed.notify_all()
             return True
 
-    def wait_until_held(self, version: int, timeout_s: float) -> bool:
-        """Whether the server confirms, within ``timeout_s``, that it holds ``version``."""
+    def wait_until_confirmed(self, version: int, state: RunState, timeout_s: float) -> bool:
+        """Whether the server has answered, within ``timeout_s``, to this version in this state."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.held_version >= version, timeout_s)
+            return self._changed.wait_for(lambda: self._confirmed == (version, state), timeout_s)
 
     def fetch_newer(self, version: int, steps: int, state: RunState, timeout_s: float) -> Weights | None:
         """Weights that the server holds and that are newer than ours; None if none are, or no server is."""
@@ -182,6 +183,8 @@ class Publisher:
             self.trouble = None
             with self._changed:
                 self.held_version = answer.version
+                if answer.version >= edition.version:
+                    self._confirmed = (edition.version, edition.state)
                 self._changed.notify_all()
         return answer is not None
 

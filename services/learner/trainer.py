@@ -8,7 +8,7 @@ Shapes: T unroll length, B batch size, F single frames per rollout, A policy out
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Trainer:
         self._device = device
         self._dtype = dtype
         self._group = group
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sums = torch.zeros(7, device=device)
         self._pending_updates = 0
         self._nonfinite = torch.zeros(3, dtype=torch.int64, device=device)
@@ -120,19 +121,25 @@ class Trainer:
         torch.set_rng_state(state["rng"].cpu())
 
     def to_device(self, batch: Batch) -> Batch:
-        """The same batch where the network is. From pinned memory this does not wait."""
+        """The same batch where the network is. Does not wait; the result's ``release`` does, for the copy."""
         if self._device.type == "cpu":
             return batch
-        return Batch(
-            observation=batch.observation.to(self._device, non_blocking=True),
-            episode_start=batch.episode_start.to(self._device, non_blocking=True),
-            action=batch.action.to(self._device, non_blocking=True),
-            behaviour_logits=batch.behaviour_logits.to(self._device, non_blocking=True),
-            reward=batch.reward.to(self._device, non_blocking=True),
-            terminated=batch.terminated.to(self._device, non_blocking=True),
-            policy_versions=batch.policy_versions,
-            release=batch.release,
-        )
+        # On a stream of its own, so that it overlaps with the update before.
+        compute = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copies):
+            tensors = {
+                name: getattr(batch, name).to(self._device, non_blocking=True) for name in batch.TENSORS
+            }
+            copied = torch.cuda.current_stream(self._device).record_event()
+        compute.wait_event(copied)
+        for tensor in tensors.values():
+            tensor.record_stream(compute)
+
+        def release() -> None:
+            copied.synchronize()
+            batch.release()
+
+        return replace(batch, **tensors, release=release)
 
     def update(self, batch: Batch) -> None:
         """One optimiser step. An update whose gradient is not finite changes no weight and is counted."""
@@ -244,12 +251,12 @@ def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.o
     parameters = network.parameters()
     if config.name == "adam":
         betas = (config.adam_beta1, config.adam_beta2)
-        return torch.optim.Adam(parameters, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+        return torch.optim.Adam(parameters, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
     return torch.optim.RMSprop(
         parameters,
         lr=config.learning_rate,
         alpha=config.rmsprop_alpha,
-        eps=config.epsilon,
+        eps=config.rmsprop_epsilon,
         momentum=config.rmsprop_momentum,
     )
 

@@ -45,6 +45,9 @@ Reason = Literal["malformed", "protocol", "run", "oversized", "schema", "corrupt
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 ZSTD_LEVEL = 1
+MAX_WINDOW_BYTES = 1 << 23
+MAX_COUNT = 2**53
+"""Bound of versions, steps and sequence numbers: beyond any run, and exact in every language."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 64
 MAX_NAME = 256
@@ -68,6 +71,8 @@ class Expected:
     max_message_bytes: int
     schema: Mapping[str, ArraySpec] | None = None
     """Of rollouts; who passes none accepts no rollouts."""
+    max_episodes: int = 65_536
+    """That may end in one rollout."""
 
 
 # --- arrays ---------------------------------------------------------------------------------------
@@ -94,7 +99,8 @@ class Unpacker:
     """Decompresses arrays. Holds a decompression context, so one per thread."""
 
     def __init__(self) -> None:
-        self._zstd = zstandard.ZstdDecompressor()
+        # A frame's own idea of its window would otherwise decide how much the decompressor allocates.
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
 
     def unpack_into(self, packed: PackedArray, out: NDArray[Any]) -> None:
         """Fill ``out``, contiguous and of the array's dtype and shape; WireError if the data does not fit."""
@@ -211,7 +217,7 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
             return Pull(
                 run_id=run_id,
                 sender=_to_client(sender),
-                have_version=_integer(have_version, low=-1),
+                have_version=_integer(have_version, low=-1, high=MAX_COUNT),
                 seats_for=tuple(_to_client(c) for c in _list(seats_for, longest=MAX_SEATS)),
                 request=_integer(request),
             )
@@ -221,8 +227,8 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
                 run_id=run_id,
                 server_incarnation=_integer(incarnation),
                 state=_state(state),
-                version=_integer(version, low=-1),
-                steps=_integer(steps),
+                version=_integer(version, low=-1, high=MAX_COUNT),
+                steps=_integer(steps, high=MAX_COUNT),
                 seats=tuple(_seat(seat) for seat in _list(seats, longest=MAX_SEATS)),
                 payload=_at_most_one(buffers),
                 request=_integer(request),
@@ -233,15 +239,17 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
                 run_id=run_id,
                 sender=_to_client(sender),
                 state=_state(state),
-                version=_integer(version),
-                steps=_integer(steps),
+                version=_integer(version, high=MAX_COUNT),
+                steps=_integer(steps, high=MAX_COUNT),
                 payload=_at_most_one(buffers),
             )
         case "published":
             run_id, incarnation, version = _take(fields, 3)
             _no_buffers(buffers)
             return Published(
-                run_id=run_id, server_incarnation=_integer(incarnation), version=_integer(version, low=-1)
+                run_id=run_id,
+                server_incarnation=_integer(incarnation),
+                version=_integer(version, low=-1, high=MAX_COUNT),
             )
         case "goodbye":
             run_id, sender = _take(fields, 2)
@@ -299,10 +307,10 @@ def _rollout(fields: list[Any], buffers: list[memoryview], expected: Expected) -
         run_id=run_id,
         actor_id=_text(actor_id),
         incarnation=_integer(incarnation),
-        sequence=_integer(sequence),
-        policy_version=_integer(policy_version),
+        sequence=_integer(sequence, high=MAX_COUNT),
+        policy_version=_integer(policy_version, high=MAX_COUNT),
         task=_integer(task, high=2**31),
-        episodes=tuple(_episode(e) for e in _list(episodes, longest=65_536)),
+        episodes=tuple(_episode(e) for e in _list(episodes, longest=expected.max_episodes)),
         arrays=packed,
     )
 

@@ -200,10 +200,16 @@ def test_rollouts_that_became_stale_in_the_queue_are_dropped_and_counted() -> No
     scene.version = 10  # when they arrived it was 0
     scene.thread.start()
     batch = scene.next()
-    # A batch before this one may still be trained on, and then version 11 trains: 11 - 6 is the limit.
-    assert numbers(batch) == [6, 7]
-    assert batch.policy_versions == (6, 7)
+    assert numbers(batch) == [5, 6]
+    assert batch.policy_versions == (5, 6)
+    assert scene.counts("rollouts_total", result="stale") == 5
+    # That batch will be trained on before the next one, which version 11 then uses: 11 - 6 is the limit.
+    assert numbers(scene.next()) == [7, 8]
+    scene.put(rollout(20, version=5), rollout(21, version=6))
+    batch.release()
+    assert numbers(scene.next()) == [9, 21]
     assert scene.counts("rollouts_total", result="stale") == 6
+    assert scene.counts("rollouts_total", result="ok") == 6
     scene.stop()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from services.learner.checkpoint import (
 )
 from tests.unit.learner.disk import full_disk
 from tests.unit.learner.rollouts import Counts
+from tests.unit.learner.waiting import until
 
 DEADLINE_S = 10.0
 LARGE = 50_000
@@ -53,13 +53,15 @@ class Scene:
     def save(
         self, steps: int, *, mean_return: float | None = None, size: int = 10, wait: bool = True
     ) -> bool:
-        return self.store.save(
+        begun = self.store.save(
             trainer=state(steps, size),
             episodes={"recent": [[1.0, 9]], "total": 1, "mean_return": mean_return},
             config={"seed": 1, "run_dir": "runs/x"},
             complete=False,
-            wait=wait,
         )
+        if wait:
+            until(lambda: not self.store.busy)
+        return begun
 
     def latest(self) -> Checkpoint | None:
         return self.store.latest(lambda checkpoint: None)
@@ -392,7 +394,8 @@ def test_a_full_disk_is_counted_and_leaves_the_old_checkpoint_and_nothing_else(
 def test_a_failure_in_the_background_is_counted_too(scene: Scene) -> None:
     with full_disk(4096):
         scene.save(640, size=LARGE, wait=False)
-        scene.save(1280, size=LARGE, wait=True)
+        until(lambda: not scene.store.busy)
+        scene.save(1280, size=LARGE)
     assert scene.metric("failures_total") == 2
     assert scene.names == []
 
@@ -432,7 +435,7 @@ def test_later_changes_of_the_weights_do_not_get_into_a_checkpoint_that_is_being
 ) -> None:
     disk = SlowDisk(scene, 640)
     training = state(640)
-    scene.store.save(trainer=training, episodes={"mean_return": None}, config={}, complete=False, wait=False)
+    scene.store.save(trainer=training, episodes={"mean_return": None}, config={}, complete=False)
     training["network"]["weight"].zero_()
     training["optimiser"]["state"][0]["square_avg"].zero_()
     training["version"] = 999
@@ -446,19 +449,9 @@ def test_a_slow_disk_skips_checkpoints_instead_of_holding_up_the_training(scene:
     assert not scene.save(1280, wait=False)
     assert not scene.save(1920, wait=False)
     disk.read_all()
-    assert scene.save(2560, wait=True)
+    until(lambda: not scene.store.busy)
+    assert scene.save(2560)
     assert scene.names == [scene.path(2560).name]
-
-
-def test_the_last_checkpoint_waits_for_the_one_before_it(scene: Scene) -> None:
-    disk = SlowDisk(scene, 640)
-    scene.save(640, wait=False)
-    last = threading.Thread(target=lambda: scene.save(1280, wait=True))
-    last.start()
-    disk.read_all()
-    last.join(DEADLINE_S)
-    assert not last.is_alive()
-    assert scene.names == [scene.path(1280).name]
 
 
 def test_the_copy_is_deep_and_keeps_every_value() -> None:

@@ -277,24 +277,29 @@ def test_garbage_in_place_of_an_answer_is_trouble_and_survived(scene: Scene, gar
 # --- waiting for the server's word -------------------------------------------------------------------
 
 
-def test_a_version_is_held_once_the_server_says_so(scene: Scene) -> None:
+def test_a_version_is_confirmed_in_its_state_once_the_server_says_so(scene: Scene) -> None:
     scene.offer(3)
     scene.server.next(Publish)
-    assert not scene.publisher.wait_until_held(3, 0.01)
+    assert not scene.publisher.wait_until_confirmed(3, "training", 0.01)
     scene.hold(3)
-    assert scene.publisher.wait_until_held(3, DEADLINE_S)
-    assert not scene.publisher.wait_until_held(4, 0.01)
+    assert scene.publisher.wait_until_confirmed(3, "training", DEADLINE_S)
+    assert not scene.publisher.wait_until_confirmed(3, "complete", 0.01)
+    assert not scene.publisher.wait_until_confirmed(4, "training", 0.01)
 
 
 def test_who_waits_is_woken_by_the_answer(scene: Scene) -> None:
-    held: list[bool] = []
-    waiting = threading.Thread(target=lambda: held.append(scene.publisher.wait_until_held(3, DEADLINE_S)))
+    confirmed: list[bool] = []
+
+    def wait() -> None:
+        confirmed.append(scene.publisher.wait_until_confirmed(3, "training", DEADLINE_S))
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
     scene.offer(3)
     scene.server.next(Publish)
     scene.hold(3)
     waiting.join(DEADLINE_S)
-    assert held == [True]
+    assert confirmed == [True]
 
 
 # --- a learner that starts ---------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def test_a_resumed_trainer_makes_the_very_updates_that_it_would_have_made(optimi
 
 
 def test_settings_given_to_a_resumed_run_hold() -> None:
-    resumed = trainer(config(epsilon=0.5, rmsprop_alpha=0.9))
-    resumed.load_state_dict(trained(config(epsilon=0.01, rmsprop_alpha=0.99)))
+    resumed = trainer(config(rmsprop_epsilon=0.5, rmsprop_alpha=0.9))
+    resumed.load_state_dict(trained(config(rmsprop_epsilon=0.01, rmsprop_alpha=0.99)))
     (group,) = resumed.optimiser.param_groups
     assert (group["eps"], group["alpha"]) == (0.5, 0.9)
     step(resumed)

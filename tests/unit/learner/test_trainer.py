@@ -47,7 +47,7 @@ IMAGES = EnvSpec(
 OPTIMISERS = {
     "rmsprop": OptimiserConfig(name="rmsprop"),
     "rmsprop-momentum": OptimiserConfig(name="rmsprop", rmsprop_momentum=0.9),
-    "adam": OptimiserConfig(name="adam", epsilon=1e-8),
+    "adam": OptimiserConfig(name="adam", adam_epsilon=1e-8),
 }
 with_every_optimiser = pytest.mark.parametrize("optimiser", OPTIMISERS)
 
@@ -257,7 +257,9 @@ def test_rmsprop_has_torchs_meaning_epsilon_outside_of_the_root_and_averages_fro
     # g = 2: s = .01 x 4 = .04, step = .1 x 2/(.2 + .01) = .952381
     # g = 1: s = .99 x .04 + .01 = .0496, step = .1 x 1/(.222711 + .01) = .429718
     network = OneWeight()
-    optimiser = make_optimiser(OptimiserConfig(learning_rate=0.1, epsilon=0.01, rmsprop_alpha=0.99), network)
+    optimiser = make_optimiser(
+        OptimiserConfig(learning_rate=0.1, rmsprop_epsilon=0.01, rmsprop_alpha=0.99), network
+    )
     assert network.step(optimiser, 2.0) == pytest.approx(1 - 0.952381, abs=1e-6)
     assert network.step(optimiser, 1.0) == pytest.approx(1 - 0.952381 - 0.429718, abs=2e-6)
 
@@ -265,7 +267,9 @@ def test_rmsprop_has_torchs_meaning_epsilon_outside_of_the_root_and_averages_fro
 def test_rmsprop_with_momentum_adds_up_its_steps() -> None:
     # Both normalised gradients as above; b_1 = 9.52381, b_2 = .5 x 9.52381 + 4.29718.
     network = OneWeight()
-    config = OptimiserConfig(learning_rate=0.1, epsilon=0.01, rmsprop_alpha=0.99, rmsprop_momentum=0.5)
+    config = OptimiserConfig(
+        learning_rate=0.1, rmsprop_epsilon=0.01, rmsprop_alpha=0.99, rmsprop_momentum=0.5
+    )
     optimiser = make_optimiser(config, network)
     assert network.step(optimiser, 2.0) == pytest.approx(1 - 0.952381, abs=1e-6)
     assert network.step(optimiser, 1.0) == pytest.approx(1 - 1.5 * 0.952381 - 0.429718, abs=2e-6)
@@ -275,7 +279,7 @@ def test_adam_takes_its_own_knobs() -> None:
     # g = 2: m = .5 x 2 = 1, m^ = 1/.5 = 2; v = .1 x 4 = .4, v^ = .4/.1 = 4; step = .1 x 2/(2 + 1).
     # g = 1: m = .5 + .5 = 1, m^ = 1/.75; v = .9 x .4 + .1 = .46, v^ = .46/.19; step = .1 x 1.333333/2.555973.
     network = OneWeight()
-    config = OptimiserConfig(name="adam", learning_rate=0.1, epsilon=1.0, adam_beta1=0.5, adam_beta2=0.9)
+    config = OptimiserConfig(name="adam", learning_rate=0.1, adam_epsilon=1.0, adam_beta1=0.5, adam_beta2=0.9)
     optimiser = make_optimiser(config, network)
     assert network.step(optimiser, 2.0) == pytest.approx(1 - 0.2 / 3, abs=1e-6)
     assert network.step(optimiser, 1.0) == pytest.approx(1 - 0.2 / 3 - 0.0521654, abs=1e-6)

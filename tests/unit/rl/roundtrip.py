@@ -33,7 +33,7 @@ from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, Transition
 from services.rl.networks import ActorCritic, PolicyOutput
 from services.wire import codec
-from services.wire.messages import Buffer, Client, Episode, Rollout
+from services.wire.messages import Buffer, Client, Episode, Rollout, RunState
 from services.wire.sockets import RolloutReceiver, RolloutSender
 
 RUN = "run"
@@ -213,6 +213,7 @@ class HeldWeights:
     """Stands for the weights client: a test puts the newest here."""
 
     newest: Snapshot | None = None
+    state: RunState = "training"
 
 
 def actor_loop(

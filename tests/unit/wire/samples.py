@@ -77,7 +77,7 @@ def messages() -> list[Message]:
         rollout(Packer("zstd")),
         rollout(Packer("none")),
         Pull(run_id="run", sender=CLIENT, have_version=-1, seats_for=(), request=0),
-        Pull(run_id="run", sender=CLIENT, have_version=2**63 - 1, seats_for=(CLIENT, seated), request=3),
+        Pull(run_id="run", sender=CLIENT, have_version=2**53 - 1, seats_for=(CLIENT, seated), request=3),
         weights,
         Weights(
             run_id="run",

@@ -1,0 +1,146 @@
+"""The end of a training: saved before it is called complete, and never called complete unsaved."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from services.learner.batch import Batcher
+from services.learner.checkpoint import CheckpointStore
+from services.learner.group import Group
+from services.learner.loop import LearnerLoop
+from services.learner.publisher import Publisher
+from services.learner.report import Episodes, Reporter
+from services.learner.trainer import Figures, Trainer
+from services.ops.health import Heartbeat
+from tests.unit.learner.rollouts import Counts
+
+FIGURES = Figures(
+    updates=0,
+    loss_total=0.0,
+    loss_policy=0.0,
+    loss_baseline=0.0,
+    loss_entropy=0.0,
+    entropy=0.0,
+    rho_clipped_ratio=0.0,
+    grad_norm=0.0,
+    nonfinite_updates=0,
+)
+
+
+class FinishedTrainer:
+    """All steps are trained."""
+
+    version = 10
+    steps = 6400
+    learning_rate = 0.0
+    complete = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def read_figures(self) -> Figures:
+        return FIGURES
+
+
+class Disk:
+    """Fails as often as it is told to."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.attempts = 0
+        self.busy = False
+        self.saved_steps = -1
+
+    def save(self, *, trainer: dict[str, Any], **_: object) -> bool:
+        self.attempts += 1
+        if self.attempts > self.failures:
+            self.saved_steps = trainer["steps"]
+        return True
+
+
+class Server:
+    """Remembers what was offered, and whether it was on the disk by then."""
+
+    held_version = 10
+    trouble = None
+
+    def __init__(self, disk: Disk, stopping: threading.Event) -> None:
+        self.disk = disk
+        self.stopping = stopping
+        self.offers: list[tuple[int, str, int]] = []
+
+    def offer(self, version: int, steps: int, state: str, wait_s: float = 0.0) -> bool:
+        self.offers.append((version, state, self.disk.saved_steps))
+        return True
+
+    def wait_until_confirmed(self, version: int, state: str, timeout_s: float) -> bool:
+        self.stopping.set()  # the pod is stopped as soon as it is complete
+        return True
+
+
+class Scene:
+    """A loop that has nothing more to train."""
+
+    def __init__(self, directory: Path, failures: int = 0, group: Group | None = None) -> None:
+        self.counts = Counts()
+        self.stopping = threading.Event()
+        self.disk = Disk(failures)
+        self.server = Server(self.disk, self.stopping)
+        self.now_s = 0.0
+        self.loop = LearnerLoop(
+            trainer=cast(Trainer, FinishedTrainer()),
+            batcher=cast(Batcher, None),
+            group=group or Group(),
+            publisher=cast(Publisher, self.server),
+            checkpoints=cast(CheckpointStore, self.disk),
+            checkpoint_interval_s=60.0,
+            reporter=Reporter(run_dir=directory, task="x", frame_skip=1, metrics=self.counts.metrics),
+            log_interval_s=5.0,
+            episodes=Episodes(),
+            config={},
+            frame_skip=1,
+            metrics=self.counts.metrics,
+            heartbeat=Heartbeat(),
+            stopping=self.stopping,
+            clock=self.clock,
+        )
+
+    def clock(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
+def test_completion_is_announced_once_the_last_state_is_saved(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    assert scene.loop.run()
+    assert scene.server.offers[-1] == (10, "complete", 6400)
+    assert scene.counts.registry.get_sample_value("impala_training_complete") == 1
+
+
+def test_a_disk_that_fails_for_a_while_delays_completion(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, failures=2)
+    assert scene.loop.run()
+    assert scene.disk.attempts == 3
+    assert scene.server.offers[-1][1:] == ("complete", 6400)
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+def test_a_pod_that_is_stopped_saves_once_and_says_if_that_failed(tmp_path: Path, failures: int) -> None:
+    scene = Scene(tmp_path, failures=failures)
+    scene.stopping.set()
+    assert not scene.loop.run()
+    assert scene.disk.attempts == 1
+    assert "complete" not in [state for _, state, _ in scene.server.offers]
+    assert scene.counts.registry.get_sample_value("impala_training_complete") == 0
+
+
+def test_only_the_leader_publishes_and_saves(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, group=Group(rank=1, world_size=2))
+    threading.Timer(0.2, scene.stopping.set).start()
+    assert scene.loop.run()
+    assert scene.server.offers == []
+    assert scene.disk.attempts == 0
