@@ -18,7 +18,15 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 ENVIRONMENT_PREFIX = "IMPALA__"
@@ -30,7 +38,17 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-Endpoint = Annotated[str, Field(pattern=r"^(tcp://(\[[0-9a-fA-F:.]+\]|[^:/\s\[\]]+):(\d{1,5}|\*)|ipc://.+)$")]
+
+
+def _check_endpoint(endpoint: str) -> str:
+    match = re.fullmatch(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^:/\s\[\]]+):(\d{1,5}|\*)|ipc://.+", endpoint)
+    port = match[1] if match else None
+    if match is None or (port not in (None, "*") and not 0 < int(port) < 65536):
+        raise ValueError("allowed is tcp://host:port or ipc:///path")
+    return endpoint
+
+
+Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 """`tcp://host:port` or `ipc:///path`."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -303,6 +321,11 @@ class RunConfig(Section):
                 f"paramserver.hold_s = {self.paramserver.hold_s}: allowed is less than half of "
                 f"paramserver.seat_lease_s = {self.paramserver.seat_lease_s}, or seats end while actors wait"
             )
+        if 2 * self.actor.weights_interval_s >= self.paramserver.seat_lease_s:
+            raise ValueError(
+                f"actor.weights_interval_s = {self.actor.weights_interval_s}: allowed is less than half of "
+                f"paramserver.seat_lease_s = {self.paramserver.seat_lease_s}, or seats end between requests"
+            )
         return self
 
 
@@ -351,6 +374,8 @@ def load(
     preset: Any = "impala"
     for layer in layers:
         preset = layer.get("preset", preset)
+    if layers[0].get("preset", preset) != preset:  # what the file says would hide the new preset
+        raise ConfigError(f"preset = {preset!r}: the file {file} was made with {layers[0]['preset']!r}")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset = {preset!r}: {_suggest(str(preset), PRESETS)}")
     merged: dict[str, Any] = {}
@@ -493,6 +518,8 @@ def _set(values: dict[str, Any], key: str, text: str, shown: str) -> None:
             value = text.split(",")
     elif text.lower() in ("null", "none") and type(None) in get_args(annotation):
         value = None
+    elif re.fullmatch(r"\d+(\.\d+)?[eE]\d+", text) and float(text).is_integer() and _is_integer(annotation):
+        value = int(float(text))
     else:
         try:
             value = TypeAdapter(annotation).validate_strings(text, strict=False)
@@ -504,6 +531,10 @@ def _set(values: dict[str, Any], key: str, text: str, shown: str) -> None:
     for parent in parents:
         values = values.setdefault(parent, {})
     values[name] = value
+
+
+def _is_integer(annotation: Any) -> bool:
+    return annotation is int or any(_is_integer(part) for part in get_args(annotation) if part is not None)
 
 
 def _is_container(annotation: Any) -> bool:
@@ -538,6 +569,8 @@ def _explain(detail: ErrorDetails) -> str:
 
 def _allowed(detail: ErrorDetails) -> str:
     """pydantic's words, in ours."""
+    if detail["type"] == "value_error":  # one of our validators of a single knob
+        return str(detail["ctx"]["error"])
     if detail["type"] == "string_pattern_mismatch":
         return f"allowed is what matches {detail['ctx']['pattern']}"
     message = detail["msg"].removeprefix("Input should ")
@@ -554,4 +587,4 @@ def _suggest(wrong: str, known: Sequence[str] | Mapping[str, Any]) -> str:
         close = [name for name in names if name.rpartition(".")[2] == last][:3]
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"allowed are {', '.join(names[:40])}{', ...' if len(names) > 40 else ''}"
+    return f"allowed are {', '.join(names)}" if len(names) < 20 else "`impala config --help` lists all"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -16,7 +17,10 @@ from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import ActorMetrics
 from services.ops.threads import limit_threads
 
+T = TypeVar("T")
+
 STOP_S = 5.0
+POLL_S = 0.25
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +81,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     snapshot = None
     while snapshot is None and not lifecycle.stopping.is_set():
         heartbeat.beat()  # alive, though not ready: a missing peer is waited for
-        snapshot = weights.wait(0.25)
+        snapshot = weights.wait(POLL_S)
     if snapshot is not None:
         policy = Policy(
             network=network,
@@ -88,43 +92,62 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
         )
         policy.load(snapshot.version, snapshot.tensors)
         metrics.weights_version.set(snapshot.version)
-        half_size = config.actor.num_envs // 2
-        # Seats never share an environment's seed.
-        seeds = [
-            (config.seed * 1_000_003 + weights.seat * config.actor.num_envs + h * half_size) % 2**31
-            for h in (0, 1)
-        ]
-        envs = [make_vector_env(config.env, half_size, num_threads=config.actor.env_threads) for _ in seeds]
-        halves = [
-            Half(env, spec, config.unroll_length, actions.num_outputs, seed)
-            for env, seed in zip(envs, seeds, strict=True)
-        ]
-        log.info("playing", seat=weights.seat, num_envs=config.actor.num_envs, policy_version=policy.version)
-        with RolloutSender(
-            config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes
-        ) as sender:
-            loop = ActorLoop(
-                halves=halves,
-                policy=policy,
-                weights=weights,
-                sender=sender,
-                packer=codec.Packer(config.wire.codec),
-                run_id=config.run_id,
-                client=client,
-                metrics=metrics,
-                heartbeat=heartbeat,
-                stopping=lifecycle.stopping,
+
+        def build(seed: int) -> Half:
+            env = make_vector_env(
+                config.env, config.actor.num_envs // 2, num_threads=config.actor.env_threads
             )
-            try:
-                loop.run()
-            except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
-                lifecycle.fail(error)
-        for env in envs:
-            env.close()
+            return Half(env, spec, config.unroll_length, actions.num_outputs, seed)
+
+        halves = build_beside(lifecycle, heartbeat, build, env_seeds(config, weights.seat))
+        log.info("playing", seat=weights.seat, num_envs=config.actor.num_envs, policy_version=policy.version)
+        sender = RolloutSender(
+            config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes
+        )
+        loop = ActorLoop(
+            halves=halves,
+            policy=policy,
+            weights=weights,
+            sender=sender,
+            packer=codec.Packer(config.wire.codec),
+            run_id=config.run_id,
+            client=client,
+            metrics=metrics,
+            heartbeat=heartbeat,
+            stopping=lifecycle.stopping,
+        )
+        try:
+            loop.run()
+        except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
+            lifecycle.fail(error)
+        for half in halves:
+            half.env.close()
+        sender.close()
     puller.join(STOP_S)
     health.close()
     log.info("stopped", exit_code=lifecycle.exit_code)
     return lifecycle.exit_code
+
+
+def env_seeds(config: RunConfig, seat: int) -> tuple[int, int]:
+    """One per half. Seats that are held at the same time never share an environment's seed."""
+    first = config.seed * 1_000_003 + seat * config.actor.num_envs
+    return first % 2**31, (first + config.actor.num_envs // 2) % 2**31
+
+
+def build_beside(
+    lifecycle: Lifecycle, heartbeat: Heartbeat, build: Callable[[int], T], seeds: Sequence[int]
+) -> list[T]:
+    """Build in a thread while this one beats: loading hundreds of emulators is neither being stuck nor deaf.
+
+    When the pod is stopped meanwhile, what is there by then.
+    """
+    built: list[T] = []
+    building = lifecycle.thread("environments", lambda: built.extend(map(build, seeds)))
+    while building.is_alive() and not lifecycle.stopping.is_set():
+        heartbeat.beat()
+        building.join(POLL_S)
+    return list(built)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,8 @@ class ActorLoop:
 
     def run(self) -> None:
         """Play. The policy must hold weights already."""
+        if self._stopping.is_set():
+            return
         first = self._halves[0]
         for half in self._halves:
             half.act(self._policy)

@@ -171,6 +171,8 @@ class WeightsClient:
                 raise ValueError(f"weights of version {reply.version} are another network's: {wrong}")
             self.newest = Snapshot(version=reply.version, tensors=tensors, received_s=time.monotonic())
             self._arrived.set()
+        if reply.seats and reply.seats[0] == NO_SEAT and self.seat != NO_SEAT:
+            _log.warning("seat_lost", reason="is another actor of this run called the same?")
         if reply.seats and reply.seats[0] != NO_SEAT:
             self._client = replace(self._client, seat=reply.seats[0])
             self._seated.set()

@@ -10,6 +10,9 @@ None blocks longer than its timeout. Queues are counted in messages and kept at 
 that waits in a buffer is policy lag. All sockets reconnect by themselves. A socket belongs to the thread
 that uses it.
 
+MAXMSGSIZE bounds each frame of a message, and libzmq has no bound for their number: a peer that never ends
+a message fills memory until its connection is cut. Only who may connect is an answer to that.
+
 libzmq's own heartbeats stay off. A socket whose inbound queue is full does not read pings either, so under
 backpressure they cut connections to living peers; and when such a peer goes away, libzmq 4.3.5 aborts the
 whole process at the next heartbeat (assertion !_io_error). TCP keepalive finds peers that vanish while idle,

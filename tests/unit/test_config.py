@@ -46,10 +46,22 @@ def test_each_layer_overrides_the_ones_before_it(tmp_path: Path) -> None:
 
 
 def test_a_later_layer_may_choose_the_preset_and_earlier_values_still_override_it(tmp_path: Path) -> None:
-    file = write(tmp_path / "run.yaml", "preset: machado\nbatch_size: 16\n")
-    config = load(file, {}, ["--preset", "torchbeast"])
+    file = write(tmp_path / "run.yaml", "batch_size: 16\n")
+    config = load(file, {"IMPALA__PRESET": "machado"}, ["--preset", "torchbeast"])
     assert (config.preset, config.unroll_length, config.batch_size) == ("torchbeast", 80, 16)
     assert config.env.sticky_actions == 0.0
+
+
+def test_a_preset_does_not_hide_behind_a_file_that_was_made_with_another(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "preset: machado\n")
+    with pytest.raises(ConfigError, match=r"preset = 'torchbeast': the file .* was made with 'machado'"):
+        load(file, {}, ["--preset", "torchbeast"])
+    assert load(file, {}, ["--preset", "machado"]).preset == "machado"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e6", 1_000_000), ("1.5E3", 1500), ("2_000", 2000)])
+def test_whole_numbers_may_be_written_with_an_exponent(text: str, value: int) -> None:
+    assert load(flags=["--total-steps", text]).total_steps == value
 
 
 def test_layers_meet_within_a_section_and_not_over_it(tmp_path: Path) -> None:
