@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -126,7 +127,7 @@ def display(run_dir: Path, out: Path) -> None:
             env_id=config.env.id,
             total_steps=config.total_steps,
             frame_skip=frame_skip_of(config),
-            run_dir=run_dir,
+            run_dir=Path("runs") / run_dir.name,
         ),
         before,
         latest["learner"],
@@ -146,7 +147,9 @@ def display(run_dir: Path, out: Path) -> None:
     )
     console = Console(record=True, width=92, file=Path("/dev/null").open("w"), force_terminal=True)  # noqa: SIM115
     console.print(render(snapshot, 92))
-    console.save_svg(str(out), title="impala train")
+    # rich names a web font in it; the picture must not load anything from anywhere
+    svg = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="impala train"), flags=re.DOTALL)
+    out.write_text(svg, encoding="utf-8")
     print(out)
 
 
