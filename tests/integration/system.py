@@ -138,7 +138,8 @@ class Pod(Process):
         super().__init__([sys.executable, "-m", f"services.{role}", *flags, *ops], log)
 
     def value(self, name: str, **labels: str) -> float:
-        """One of its metrics, 0 while it has none."""
+        """One of its metrics, 0 while it has none; fails at once if the pod has ended."""
+        assert self.alive, f"exit code {self.popen.returncode}; its log:\n{self.log()}"
         inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
         return scrape(self.port).get(f"impala_{name}{{{inside}}}" if inside else f"impala_{name}", 0.0)
 

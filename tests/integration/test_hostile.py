@@ -24,6 +24,7 @@ import zstandard
 from services.config import EnvConfig
 from services.learner.batch import message_bytes, rollout_schema
 from services.learner.checkpoint import read
+from services.local.plan import reserved_ports
 from services.ops.metrics import INVALID_REASONS
 from services.rl.actions import Discrete
 from services.rl.envs import env_spec
@@ -238,12 +239,16 @@ def pour(port: int) -> None:
                 connection.close()
 
 
-def test_nothing_that_arrives_harms_a_running_system(start_pod: StartPod) -> None:
-    with socket.socket() as first, socket.socket() as second:  # ports that are free now
-        for free in (first, second):
-            free.bind(("127.0.0.1", 0))
-        rollout_port, request_port = first.getsockname()[1], second.getsockname()[1]
-    rollout_endpoint, request_endpoint = (f"tcp://127.0.0.1:{p}" for p in (rollout_port, request_port))
+@pytest.fixture
+def two_ports() -> Iterator[list[int]]:
+    """Nobody else's while the test runs."""
+    with reserved_ports(0, 2) as ports:
+        yield ports
+
+
+def test_nothing_that_arrives_harms_a_running_system(start_pod: StartPod, two_ports: list[int]) -> None:
+    rollout_port, request_port = two_ports
+    rollout_endpoint, request_endpoint = (f"tcp://127.0.0.1:{port}" for port in two_ports)
     flags = [*PIXELS, "--wire.learner_bind", rollout_endpoint, "--wire.learner_endpoints", rollout_endpoint]
     flags += ["--wire.paramserver_bind", request_endpoint, "--wire.paramserver_endpoint", request_endpoint]
     flags += ["--total_steps", "1000000000"]

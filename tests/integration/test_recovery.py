@@ -18,8 +18,10 @@ from tests.unit.learner.waiting import until
 pytestmark = pytest.mark.integration
 
 RECOVERY_S = 10.0
+LOST_UPDATES = 10
+"""What may be on its way to the parameter server. Since the last checkpoint there were many more."""
 IMPORT_S = 2.5
-"""What importing torch may take for ``RECOVERY_S`` to be fair. Where it takes longer, so may a recovery."""
+"""What importing torch may take for these bounds to be fair. Where it takes longer, they are wider."""
 
 
 def slowness() -> float:
@@ -60,7 +62,7 @@ def test_a_run_survives_kill_9_of_each_of_its_pods(
     report = []
     with watched_versions(run) as versions:
         for victim in ("actor-0", "paramserver", "learner"):
-            allowed_s = RECOVERY_S * slowness()
+            slow = slowness()
             version_before = run.value("paramserver", "paramserver_version") or 0
             steps_before = run.train_until(0)
             killed_s = time.monotonic()
@@ -73,12 +75,13 @@ def test_a_run_survives_kill_9_of_each_of_its_pods(
                 "newer weights are served",
             )
             recovered_s = time.monotonic() - killed_s
-            report.append(f"{victim} {recovered_s:.1f} s (allowed {allowed_s:.0f} s)")
-            assert recovered_s < allowed_s, report
+            report.append(f"{victim} {recovered_s:.1f} s (allowed {RECOVERY_S * slow:.0f} s)")
+            assert recovered_s < RECOVERY_S * slow, report
             if victim == "learner":
                 started = run.pod_events("learner", "started")[-1]
                 assert field(started, "newer_weights") == "true"
-                assert int(field(started, "steps")) >= steps_before - 5 * STEPS_PER_UPDATE
+                lost_updates = (steps_before - int(field(started, "steps"))) / STEPS_PER_UPDATE
+                assert lost_updates < LOST_UPDATES * slow
     with capsys.disabled():
         sys.stdout.write(f"\n  kill -9 to training again: {', '.join(report)}\n")
 
