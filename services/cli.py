@@ -18,9 +18,6 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-BAD_CONFIG = 2
-"""Exit code of every command, and every pod, whose configuration the user has to mend."""
-
 PODS = ("actor", "learner", "paramserver")
 
 USAGE = """\
@@ -76,22 +73,30 @@ Runs one {role} in the foreground, as a container does. `impala config --help` l
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        exit_code = _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # before the part itself took care of it
+        exit_code = 130
+    except BrokenPipeError:  # `impala config --help | head`
+        exit_code = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it any more; without this Python would try again, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return exit_code
+
+
+def _run(arguments: list[str]) -> int:
     from services.config import ConfigError
+    from services.ops.pod import BAD_CONFIG
 
     try:
-        exit_code = _dispatch(arguments)
-        sys.stdout.flush()
-        return exit_code
+        return _dispatch(arguments)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"impala: {line}", file=sys.stderr)
         return BAD_CONFIG
-    except KeyboardInterrupt:  # before the part itself took care of it
-        return 130
-    except BrokenPipeError:  # `impala config --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from rich.box import ROUNDED
@@ -21,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.ops.figures import PodPhase, PodStatus, Snapshot, plain_fields
-from services.ops.logging import EventLogger, format_value
+from services.ops.logging import EventLogger, format_value, get_logger
 
 LABEL_WIDTH = len("paramserver")
 
@@ -314,3 +315,46 @@ class LiveProgress:
     def close(self) -> None:
         """The last picture stays."""
         self._live.stop()
+
+
+class Unfailing:
+    """Another ``Progress`` until that fails (a closed terminal), then log lines: no display ends a run."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    @property
+    def interval_s(self) -> float:
+        """That of whoever shows it now."""
+        return self._progress.interval_s
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Show it, or find out that this is no longer possible."""
+        with self._giving_up():
+            self._progress.update(snapshot)
+
+    def event(self, name: str, **fields: object) -> None:
+        """As ``update``."""
+        with self._giving_up():
+            self._progress.event(name, **fields)
+
+    def trouble(self, name: str, **fields: object) -> None:
+        """As ``update``."""
+        with self._giving_up():
+            self._progress.trouble(name, **fields)
+
+    def close(self) -> None:
+        """As ``update``."""
+        with self._giving_up():
+            self._progress.close()
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  (whatever it is, the pods must not pay for it)
+            log = get_logger("train")
+            log.warning("display_failed", error=error)
+            broken, self._progress = self._progress, PlainProgress(log)
+            with contextlib.suppress(Exception):  # give the terminal back, if there is one
+                broken.close()

@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.local.display import Progress
+from services.local.display import Progress, Unfailing
 from services.local.pod import Backoff, Pod
 from services.ops.figures import History, PodPhase, PodStatus, RunInfo, take_snapshot
+from services.ops.pod import BAD_CONFIG, DIVERGED
 from services.ops.scrape import Scrape
 
-BAD_CONFIG = 2
-GAVE_UP = 3
-"""A learner's exit code for a training that has diverged: starting again would change nothing."""
 KILLED = 128 + signal.SIGINT
 
 STOP_TIMEOUTS_S: Mapping[str, float] = {"actor": 10.0, "learner": 30.0, "paramserver": 10.0}
@@ -53,7 +51,7 @@ class Launcher:
     ) -> None:
         self._pods = pods
         self._run = run
-        self._progress = progress
+        self._progress = Unfailing(progress)
         self._latest = latest
         self._clock = clock
         self._started_s = clock()
@@ -61,6 +59,7 @@ class Launcher:
         self._history = History()
         self._interrupts = 0
         self._stopping = False
+        self._failed = False
 
     @property
     def steps(self) -> int:
@@ -72,17 +71,26 @@ class Launcher:
         self._interrupts += 1
 
     def run(self) -> Outcome:
-        """Start the pods; return when they have all stopped."""
+        """Start the pods; return when they have all stopped. Closes the progress."""
         try:
-            for pod in self._pods:
-                pod.start(self._clock())
-            while (outcome := self._look()) is None:
-                self._show()
-                time.sleep(POLL_S)
-            return self._stop(outcome)
+            return self._stop(self._keep())
+        except Exception:
+            self._failed = True
+            self._stop(Outcome(exit_code=1, reason="the launcher failed"))  # so that the learner still saves
+            raise
         finally:  # nothing outlives the launcher, whatever happens to it
             for pod in self._pods:
                 pod.kill()
+            self._progress.close()
+
+    def _keep(self) -> Outcome:
+        """Start the pods, and again those that die, until the run has to end."""
+        for pod in self._pods:
+            pod.start(self._clock())
+        while (outcome := self._look()) is None:
+            self._show()
+            time.sleep(POLL_S)
+        return outcome
 
     def _look(self) -> Outcome | None:
         """Start whatever is due; say when the run has to end."""
@@ -110,7 +118,7 @@ class Launcher:
             refused = f"{name} refused its configuration"
             unexplained = (f"{refused}: {words} (all of it: {pod.spec.log})",)
             return Outcome(exit_code=BAD_CONFIG, reason=refused, details=pod.complaints() or unexplained)
-        if code == GAVE_UP and pod.spec.role == "learner":
+        if code == DIVERGED and pod.spec.role == "learner":
             return Outcome(exit_code=1, reason=f"{name} gave up", details=details)
         delay_s = pod.backoff.after_death(now_s - pod.started_s, now_s)
         if delay_s is None:
@@ -137,7 +145,6 @@ class Launcher:
             while any(pod.alive for pod in alive) and self._clock() < deadline_s:
                 if self._interrupts > 1:
                     return Outcome(exit_code=KILLED, reason="killed")
-                self._history.add(self._latest().get("learner"))
                 self._show()
                 time.sleep(POLL_S)
             for pod in alive:
@@ -162,6 +169,9 @@ class Launcher:
         return outcome
 
     def _show(self) -> None:
+        if self._failed:  # whatever it was may fail again
+            return
+        self._history.add(self._latest().get("learner"))
         now_s = self._clock()
         if now_s - self._shown_s < self._progress.interval_s:
             return

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from services.config import ConfigError, RunConfig
 from services.local.display import LiveProgress, PlainProgress, Progress
-from services.local.launcher import BAD_CONFIG, Launcher, Outcome
+from services.local.launcher import Launcher, Outcome
 from services.local.plan import (
     Command,
     plan_pods,
@@ -30,6 +30,7 @@ from services.local.pod import Pod
 from services.local.run_dir import open_run_dir
 from services.ops import logging
 from services.ops.figures import RunInfo
+from services.ops.pod import BAD_CONFIG
 from services.ops.scrape import Scraper
 
 SCRAPE_INTERVAL_S = 1.0
@@ -68,23 +69,24 @@ def train(
         write_targets(config.run_dir / "targets.json", specs)
         scraper = Scraper({spec.name: spec.port for spec in specs}, SCRAPE_INTERVAL_S)
         opened.callback(scraper.close)
-        progress = make_progress(plain)
-        launcher = Launcher([Pod(spec, lock) for spec in specs], run, progress, scraper.latest)
+        pods = [Pod(spec, lock) for spec in specs]
+        launcher = Launcher(pods, run, make_progress(plain), scraper.latest)
         opened.enter_context(_signals_call(launcher.interrupt))
-        try:
-            outcome = launcher.run()
-        finally:
-            progress.close()
+        outcome = launcher.run()
         never_began = not any((config.run_dir / "checkpoints").iterdir())
         if outcome.exit_code == BAD_CONFIG and not resume and never_began:
             (config.run_dir / "config.json").unlink()  # so that the same command, mended, is not refused
-    report(outcome, run, launcher.steps)
+    with contextlib.suppress(OSError):  # the terminal is closed, or the pipe: nobody reads this
+        report(outcome, run, launcher.steps)
     return outcome.exit_code
 
 
 def make_progress(plain: bool) -> Progress:
-    """A live display where there is a terminal, log lines elsewhere."""
-    if plain or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+    """A live display where there is a terminal that can draw it, log lines elsewhere."""
+    draws = (
+        sys.stdout.isatty() and sys.stdout.encoding.lower() == "utf-8" and os.environ.get("TERM") != "dumb"
+    )
+    if plain or not draws:
         logging.setup("train", stream=sys.stdout)
         return PlainProgress(logging.get_logger("train"))
     logging.setup("train")

@@ -25,7 +25,7 @@ _ROOT = "impala"
 
 def setup(role: str, level: str = "info", stream: TextIO | None = None) -> None:
     """Send all logs of this process to ``stream`` (stderr); other libraries' only from warnings upward."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Handler(stream or sys.stderr)
     handler.setFormatter(_LineFormatter(role))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(_ROOT).setLevel(level.upper())
@@ -110,6 +110,14 @@ class _LimitedLogger(EventLogger):
         if suppressed:
             fields = {**fields, "suppressed": suppressed}
         super()._emit(level, event, fields, traceback_of)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Loses lines silently when nobody can read them: a pipe or a terminal that is closed, a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (the name is the base class's)
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 class _LineFormatter(logging.Formatter):

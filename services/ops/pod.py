@@ -19,6 +19,9 @@ from services.ops import logging
 from services.ops.lifecycle import Lifecycle
 
 BAD_CONFIG = 2
+"""Exit code of every command, and every pod, whose configuration the user has to mend."""
+DIVERGED = 3
+"""Exit code of a learner whose training has diverged: starting it again would change nothing."""
 
 Run = Callable[[RunConfig, str, Lifecycle], int]
 """(configuration, name of this pod, life cycle) -> exit code: 0 stopped as asked, 1 failed."""

@@ -1,7 +1,8 @@
 """The launcher's loop, with fake pods as real processes."""
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from services.local.plan import plan_pods, reserved_ports
 from services.local.pod import Backoff, Pod
 from services.local.run_dir import open_run_dir
 from services.ops.figures import RunInfo, Snapshot
-from services.ops.scrape import Scraper
+from services.ops.scrape import Scrape, Scraper
 from tests.unit.local.fake_pods import Pods
 
 
@@ -42,8 +43,14 @@ class FakeProgress:
         pass
 
 
-def launch(config: RunConfig, pods: Pods, progress: FakeProgress, when_all_up: str = "interrupt") -> Outcome:
-    """Launch until all pods are up, then interrupt."""
+def launch(
+    config: RunConfig,
+    pods: Pods,
+    progress: FakeProgress,
+    when_all_up: str = "interrupt",
+    scraped: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Launch until all pods are up, then interrupt. ``scraped`` is called at every look at the scrapes."""
     with (
         open_run_dir(config, resume=False) as lock,
         reserved_ports(0, 2 + config.actors) as ports,
@@ -51,7 +58,12 @@ def launch(config: RunConfig, pods: Pods, progress: FakeProgress, when_all_up: s
         specs = plan_pods(config, ports, Path("/nowhere"), os.environ, pods.command)
         scraper = Scraper({spec.name: spec.port for spec in specs}, 0.05)
         run = RunInfo(env_id="catch", total_steps=1000, frame_skip=1, run_dir=config.run_dir)
-        launcher = Launcher([Pod(spec, lock) for spec in specs], run, progress, scraper.latest)
+
+        def latest() -> Mapping[str, Scrape]:
+            scraped()
+            return scraper.latest()
+
+        launcher = Launcher([Pod(spec, lock) for spec in specs], run, progress, latest)
         interrupted = False
 
         def interrupt_once(snapshot: Snapshot) -> None:
@@ -60,12 +72,14 @@ def launch(config: RunConfig, pods: Pods, progress: FakeProgress, when_all_up: s
                 interrupted = True
                 launcher.interrupt()
 
-        progress.on_update = interrupt_once
+        if when_all_up != "fail":
+            progress.on_update = interrupt_once
         if when_all_up == "interrupt twice":
             progress.on_event = lambda name: launcher.interrupt() if name == "stopping" else None
-        outcome = launcher.run()
-        scraper.close()
-        return outcome
+        try:
+            return launcher.run()
+        finally:
+            scraper.close()
 
 
 def test_an_interrupt_stops_actors_then_learner_then_parameter_server(config: RunConfig, pods: Pods) -> None:
@@ -131,3 +145,41 @@ def test_a_pod_that_dies_again_and_again_ends_the_run_and_the_learner_still_save
     assert outcome.exit_code == 1
     assert outcome.reason == "actor-0 died 5 times within 60 s"
     assert outcome.details[0].endswith("diverged reason=nan")
+
+
+class BrokenProgress(FakeProgress):
+    """A terminal that is closed while its display is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+
+    def update(self, snapshot: Snapshot) -> None:
+        super().update(snapshot)
+        if snapshot.pods and all(pod.phase == "up" for pod in snapshot.pods):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def close(self) -> None:
+        self.closed = True
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_display_that_fails_is_replaced_and_the_run_goes_on_to_its_orderly_end(
+    config: RunConfig, pods: Pods
+) -> None:
+    progress = BrokenProgress()
+    assert launch(config, pods, progress) == Outcome(exit_code=0, reason="interrupted")
+    assert progress.closed, "the terminal is given back"
+    assert pods.rest()[3:] == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+
+
+def test_an_error_of_the_launcher_itself_still_stops_the_pods_in_order(config: RunConfig, pods: Pods) -> None:
+    progress = FakeProgress()
+
+    def fail_once_all_are_up() -> None:
+        if progress.snapshots and all(pod.phase == "up" for pod in progress.snapshots[-1].pods):
+            raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        launch(config, pods, progress, when_all_up="fail", scraped=fail_once_all_are_up)
+    assert pods.rest()[3:] == ["actor-0 stopped", "learner stopped", "paramserver stopped"]

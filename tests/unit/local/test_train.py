@@ -20,7 +20,7 @@ from tests.unit.local.fake_pods import Pods
 
 PATIENCE_S = 60.0
 
-StartLauncher = Callable[[], subprocess.Popen[str]]
+StartLauncher = Callable[..., subprocess.Popen[str]]
 
 
 def train(config: RunConfig, command: Command, resume: bool = False) -> int:
@@ -89,16 +89,18 @@ def start_launcher(config: RunConfig, pods: Pods, tmp_path: Path) -> Iterator[St
     """A launcher that is a process of its own, to be sent signals."""
     started: list[subprocess.Popen[str]] = []
 
-    def start() -> subprocess.Popen[str]:
+    def start(terminal: int | None = None) -> subprocess.Popen[str]:
         program = f"""
-            import sys
+            import fcntl, sys, termios
             from pathlib import Path
             from services import config
             from services.local.train import train
+            if {terminal is not None}:  # so that closing it is also a SIGHUP
+                fcntl.ioctl(sys.stdout, termios.TIOCSCTTY, 0)
             behaviours = {pods.behaviours!r}
             sys.exit(train(
                 config.load(Path({str(tmp_path / "config.json")!r})),
-                plain=True,
+                plain={terminal is None},
                 command=lambda role, flags: [
                     sys.executable, {str(pods.script)!r}, role, behaviours[role], {str(pods.pipe)!r}, *flags
                 ],
@@ -108,10 +110,12 @@ def start_launcher(config: RunConfig, pods: Pods, tmp_path: Path) -> Iterator[St
         (tmp_path / "config.json").write_text(json.dumps(configuration.dump(config)))
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(program)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=subprocess.PIPE if terminal is None else terminal,
             text=True,
-            env=os.environ | {"TMPDIR": str(tmp_path)},  # a killed launcher leaves its sockets behind
+            env=os.environ
+            | {"TMPDIR": str(tmp_path), "TERM": "xterm"},  # a killed launcher leaves its sockets
+            start_new_session=True,
         )
         started.append(process)
         return process
@@ -136,6 +140,18 @@ def test_one_signal_stops_cleanly_and_says_how_to_go_on(
     assert launcher.returncode == 0
     assert f"continue with: impala train --resume {config.run_dir}\n" in output
     assert pods.rest() == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+
+
+def test_a_terminal_that_is_closed_stops_cleanly(
+    config: RunConfig, pods: Pods, start_launcher: StartLauncher
+) -> None:
+    ours, its = os.openpty()
+    launcher = start_launcher(terminal=its)
+    os.close(its)
+    assert sorted(pods.read(3)) == ["actor-0 up", "learner up", "paramserver up"]
+    os.close(ours)
+    assert pods.rest() == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+    launcher.wait(timeout=PATIENCE_S)
 
 
 def test_two_interrupts_end_everything_with_130(pods: Pods, start_launcher: StartLauncher) -> None:
