@@ -113,3 +113,19 @@ def test_pods_whose_launcher_is_killed_go_away_by_themselves_and_leave_a_run_tha
     resumed.train_until(steps + 10 * STEPS_PER_UPDATE)
     resumed.interrupt()
     assert resumed.exit_code(STOP_S) == 0
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether a process has a handler for it by now, as the kernel knows."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("role", ["paramserver", "learner", "actor"])
+def test_a_pod_that_is_stopped_while_it_still_starts_ends_cleanly(start_pod: StartPod, role: str) -> None:
+    pod = start_pod(role)
+    until(lambda: catches_sigterm(pod.pid), "it has a handler", START_S)
+    pod.terminate()  # torch is being imported, nothing is built yet
+    assert pod.exit_code(START_S) == 0, pod.log()
+    assert not [line for line in pod.log().splitlines() if " error " in line], pod.log()
