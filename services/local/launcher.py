@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from services.local.display import Progress, Unfailing
 from services.local.pod import Backoff, Pod
@@ -36,6 +37,8 @@ class Outcome:
     exit_code: int
     reason: str
     details: tuple[str, ...] = field(default=())
+    log: Path | None = None
+    """Where there is more to read about it."""
 
 
 class Launcher:
@@ -113,17 +116,21 @@ class Launcher:
         """``pod`` is dead: plan its next life, or say why there is none."""
         pod.kill()  # what it had started itself
         name, code, words = pod.spec.name, pod.exit_code, pod.last_words()
-        details = (words, f"all of it: {pod.spec.log}")
         if code == BAD_CONFIG:
             refused = f"{name} refused its configuration"
-            unexplained = (f"{refused}: {words} (all of it: {pod.spec.log})",)
-            return Outcome(exit_code=BAD_CONFIG, reason=refused, details=pod.complaints() or unexplained)
+            complaints = pod.complaints()
+            return Outcome(
+                exit_code=BAD_CONFIG,
+                reason=refused,
+                details=complaints or (f"{refused}: {words}",),
+                log=None if complaints else pod.spec.log,
+            )
         if code == DIVERGED and pod.spec.role == "learner":
-            return Outcome(exit_code=1, reason=f"{name} gave up", details=details)
+            return Outcome(exit_code=1, reason=f"{name} gave up", details=(words,), log=pod.spec.log)
         delay_s = pod.backoff.after_death(now_s - pod.started_s, now_s)
         if delay_s is None:
             often = f"{name} died {Backoff.MOST_DEATHS} times within {Backoff.WINDOW_S:g} s"
-            return Outcome(exit_code=1, reason=often, details=details)
+            return Outcome(exit_code=1, reason=often, details=(words,), log=pod.spec.log)
         pod.restarts += 1
         pod.start_at_s = now_s + delay_s
         self._progress.trouble(
@@ -160,7 +167,8 @@ class Launcher:
                     outcome = Outcome(
                         exit_code=1,
                         reason=f"{pod.spec.name} did not stop cleanly",
-                        details=(pod.last_words(), f"all of it: {pod.spec.log}"),
+                        details=(pod.last_words(),),
+                        log=pod.spec.log,
                     )
             for pod in pods:
                 pod.kill()

@@ -26,6 +26,18 @@ LAST_PODS_S = 40.0
 
 POLL_S = 0.1
 
+FROZEN = (
+    "env.id",
+    "env.kwargs",
+    "env.frame_stack",
+    "env.frame_height",
+    "env.frame_width",
+    "env.full_action_set",
+    "network",
+    "optimiser.name",
+)
+"""Keys, and whole sections, that a run keeps: with others its checkpoints would be of no use."""
+
 
 def with_new_run_dir(config: RunConfig, now: datetime) -> RunConfig:
     """``config`` with a directory of its own: runs/<time>-<env>."""
@@ -42,9 +54,25 @@ def resumed_config(run_dir: Path, environment: Mapping[str, str], flags: Sequenc
         raise ConfigError(f"--resume {run_dir}: holds no run; allowed is a directory with a config.json")
     before = configuration.load(run_dir / "config.json")
     config = configuration.load(run_dir / "config.json", environment, flags)
-    if config.preset != before.preset:
-        raise ConfigError(f"preset = {config.preset!r}: the run in {run_dir} began as {before.preset!r}")
+    was, now = _leaves(configuration.dump(before)), _leaves(configuration.dump(config))
+    contradictions = [
+        f"{key} = {now[key]!r}: the run in {run_dir} began with {was[key]!r}"
+        for key in was
+        if now[key] != was[key] and any(key == frozen or key.startswith(f"{frozen}.") for frozen in FROZEN)
+    ]
+    if contradictions:
+        raise ConfigError("\n".join(contradictions))
     return config.model_copy(update={"run_dir": run_dir})
+
+
+def _leaves(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    leaves: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and prefix + key != "env.kwargs":
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
 
 
 @contextlib.contextmanager
@@ -65,16 +93,24 @@ def open_run_dir(config: RunConfig, resume: bool) -> Iterator[int]:
         raise ConfigError(f"run_dir = {run_dir}: cannot be written ({error.strerror})") from None
     try:
         _wait_for_lock(lock, run_dir)
-        os.truncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
-        for name in ("logs", "checkpoints"):
-            (run_dir / name).mkdir(exist_ok=True)
-        if resume:  # the checkpoint is the truth; newer weights that were never saved would contradict it
-            shutil.rmtree(run_dir / "paramserver", ignore_errors=True)
-        write_json(run_dir / "config.json", configuration.dump(config))
+        try:
+            _furnish(lock, config, resume)
+        except OSError as error:
+            where = error.filename or run_dir
+            raise ConfigError(f"run_dir = {run_dir}: cannot be written ({where}: {error.strerror})") from None
         yield lock
     finally:
         os.close(lock)
+
+
+def _furnish(lock: int, config: RunConfig, resume: bool) -> None:
+    os.truncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    for name in ("logs", "checkpoints"):
+        (config.run_dir / name).mkdir(exist_ok=True)
+    if resume:  # the checkpoint is the truth; newer weights that were never saved would contradict it
+        shutil.rmtree(config.run_dir / "paramserver", ignore_errors=True)
+    write_json(config.run_dir / "config.json", configuration.dump(config))
 
 
 def write_json(path: Path, values: object) -> None:

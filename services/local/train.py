@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from services.config import ConfigError, RunConfig
 from services.local.display import LiveProgress, PlainProgress, Progress
@@ -61,6 +64,7 @@ def train(
         frame_skip=find_frame_skip(config),
         run_dir=config.run_dir,
     )
+    is_new = not config.run_dir.exists()
     with contextlib.ExitStack() as opened:
         lock = opened.enter_context(open_run_dir(config, resume))
         ports = opened.enter_context(reserved_ports(config.ops.port, 2 + config.actors))
@@ -73,9 +77,12 @@ def train(
         launcher = Launcher(pods, run, make_progress(plain), scraper.latest)
         opened.enter_context(_signals_call(launcher.interrupt))
         outcome = launcher.run()
-        never_began = not any((config.run_dir / "checkpoints").iterdir())
-        if outcome.exit_code == BAD_CONFIG and not resume and never_began:
-            (config.run_dir / "config.json").unlink()  # so that the same command, mended, is not refused
+        never_began = not resume and not any((config.run_dir / "checkpoints").iterdir())
+        if outcome.exit_code == BAD_CONFIG and never_began:  # the same command, mended, is not to be refused
+            if is_new and outcome.log is None:
+                shutil.rmtree(config.run_dir, ignore_errors=True)
+            else:
+                (config.run_dir / "config.json").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the terminal is closed, or the pipe: nobody reads this
         report(outcome, run, launcher.steps)
     return outcome.exit_code
@@ -95,18 +102,36 @@ def make_progress(plain: bool) -> Progress:
 
 def report(outcome: Outcome, run: RunInfo, steps: int) -> None:
     """The last lines: what happened, where it is, how it goes on."""
+    where = (f"all of it: {outcome.log}",) if outcome.log else ()
+    lines: tuple[str, ...] = ()
     if outcome.exit_code == BAD_CONFIG:
-        for line in outcome.details:  # the pod has said it best
-            print(f"impala: {line}", file=sys.stderr)
-        return
-    if outcome.exit_code == 1:
-        for line in (f"stopped: {outcome.reason}", *filter(None, outcome.details)):
-            print(f"impala: {line}", file=sys.stderr)
+        lines = (*outcome.details, *where)  # the pod has said it best
+    elif outcome.exit_code == 1:
+        lines = (f"stopped: {outcome.reason}", *filter(None, outcome.details), *where)
+    for line in lines:
+        print(f"impala: {line}", file=sys.stderr)
     sys.stderr.flush()
+    if outcome.exit_code == BAD_CONFIG:
+        return
     state = "complete" if outcome.reason == "complete" else "stopped"
     print(f"{state} at {steps:,} of {run.total_steps:,} steps; the run is in {run.run_dir}")
     longer = f" --total_steps {2 * run.total_steps}" if outcome.reason == "complete" else ""
-    print(f"{'train longer' if longer else 'continue'} with: impala train --resume {run.run_dir}{longer}")
+    resume = f"{this_program()} train --resume {shlex.quote(str(run.run_dir))}{longer}"
+    print(f"{'train longer' if longer else 'continue'} with: {resume}")
+
+
+def this_program() -> str:
+    """How the user can call ``impala`` again: the environment it is installed in need not be active."""
+    if shutil.which("impala"):
+        return "impala"
+    beside_python = Path(sys.executable).with_name("impala")
+    script = next(
+        (path for path in (Path(sys.argv[0]), beside_python) if path.name == "impala"), beside_python
+    )
+    if not script.is_file():  # a checkout that is not installed
+        return f"{shlex.quote(sys.executable)} -m services.cli"
+    absolute, relative = str(script.absolute()), os.path.relpath(script)
+    return shlex.quote(min(absolute, relative, key=len))
 
 
 @contextlib.contextmanager

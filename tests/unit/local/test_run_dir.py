@@ -89,6 +89,39 @@ def test_a_resumed_run_keeps_its_preset(config: RunConfig) -> None:
         resumed_config(config.run_dir, {}, ["--preset", "torchbeast"])
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "line"),
+    [
+        ("--env", "recall", "env.id = 'recall': the run in {} began with 'catch'"),
+        ("--env.kwargs", "{rows: 5}", "env.kwargs = {{'rows': 5}}: the run in {} began with {{}}"),
+        ("--network", "nature", "network.name = 'nature': the run in {} began with 'auto'"),
+        ("--network.hidden_size", "64", "network.hidden_size = 64: the run in {} began with 128"),
+        ("--optimiser.name", "adam", "optimiser.name = 'adam': the run in {} began with 'rmsprop'"),
+    ],
+)
+def test_a_resumed_run_keeps_what_its_checkpoints_depend_on(
+    config: RunConfig, flag: str, value: str, line: str
+) -> None:
+    with open_run_dir(config, resume=False):
+        pass
+    with pytest.raises(ConfigError) as error:
+        resumed_config(config.run_dir, {}, [flag, value])
+    assert str(error.value) == line.format(config.run_dir)
+    assert resumed_config(config.run_dir, {}, []) == config
+
+
+@pytest.mark.parametrize("name", ["logs", "checkpoints"])
+def test_a_file_where_a_directory_has_to_be_is_a_clear_error(config: RunConfig, name: str) -> None:
+    with open_run_dir(config, resume=False):
+        (config.run_dir / name).rmdir()
+        (config.run_dir / name).touch()
+    with (
+        pytest.raises(ConfigError, match=f"cannot be written .*{name}: File exists"),
+        open_run_dir(config, resume=True),
+    ):
+        pass
+
+
 def test_resuming_what_is_no_run_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--resume {tmp_path}: holds no run"):
         resumed_config(tmp_path, {}, [])

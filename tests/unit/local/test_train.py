@@ -47,20 +47,27 @@ def test_a_refused_configuration_is_the_line_of_the_pod_and_leaves_the_directory
     pods.behaviours["learner"] = "refuse"
     assert train(config, pods.command) == 2
     assert capsys.readouterr().err == "impala: network.name: a convolutional network cannot see 4 numbers\n"
+    assert not config.run_dir.exists(), "nothing ran"
+
+    config.run_dir.mkdir()
+    assert train(config, pods.command) == 2
+    assert config.run_dir.exists(), "it is the user's"
 
     pods.behaviours["learner"] = "complete"
     assert train(config, pods.command) == 0
 
 
-def test_a_pod_that_refuses_without_a_word_to_the_user_is_named_in_one_line_with_its_log(
+def test_a_pod_that_refuses_without_a_word_to_the_user_is_named_with_its_log(
     config: RunConfig, pods: Pods, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pods.behaviours["learner"] = "exit-2"
     assert train(config, pods.command) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    line, where = capsys.readouterr().err.splitlines()
     assert line.startswith("impala: learner refused its configuration: ")
     assert "error learner diverged reason=nan" in line, "the last error, rather than the last line"
-    assert str(config.run_dir / "logs" / "learner.log") in line
+    log = config.run_dir / "logs" / "learner.log"
+    assert where == f"impala: all of it: {log}"
+    assert log.exists()
 
 
 def test_a_learner_that_gives_up_is_not_restarted(
@@ -79,6 +86,20 @@ def test_a_wrong_environment_is_found_before_anything_starts(config: RunConfig) 
     with pytest.raises(ConfigError, match=r"env\.id = 'ALE/Pnog-v5'.*Pong"):
         training.train(wrong, plain=True, command=lambda role, flags: ["/bin/false"])
     assert not wrong.run_dir.exists()
+
+
+def test_the_command_to_go_on_can_be_called_as_it_is_printed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / ".venv" / "bin" / "impala"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), "train"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert training.this_program() == ".venv/bin/impala"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert training.this_program() == "impala"
 
 
 # ------------------------------------------------------------------------------------------- signals
@@ -138,7 +159,8 @@ def test_one_signal_stops_cleanly_and_says_how_to_go_on(
     launcher.send_signal(number)
     output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 0
-    assert f"continue with: impala train --resume {config.run_dir}\n" in output
+    assert "continue with: " in output
+    assert f"impala train --resume {config.run_dir}\n" in output
     assert pods.rest() == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
 
 
