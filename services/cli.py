@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PODS = ("actor", "learner", "paramserver")
@@ -64,15 +64,17 @@ the ones before it. The key learner.queue_capacity, for example, is
   as a flag        --learner.queue_capacity 64
 """
 
-POD_USAGE = """\
-usage: impala {role} [--config FILE] [flags]
-
-Runs one {role} in the foreground, as a container does. `impala config --help` lists all flags.
-"""
+OWN_FLAGS = {
+    "train": ("--config", "--run-dir", "--resume", "--plain"),
+    "config": ("--config", "--schema"),
+}
+"""Beside the keys of the configuration."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an ASCII terminal is no reason to fail
     try:
         exit_code = _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:  # before the part itself took care of it
@@ -89,12 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from services.config import ConfigError
-    from services.ops.pod import BAD_CONFIG
+    from services.ops.pod import BAD_CONFIG, name_own_flag
 
     try:
         return _dispatch(arguments)
     except ConfigError as error:
-        for line in str(error).splitlines():
+        own = OWN_FLAGS.get(arguments[0], ()) if arguments else ()
+        for line in name_own_flag(str(error), own).splitlines():
             print(f"impala: {line}", file=sys.stderr)
         return BAD_CONFIG
 
@@ -120,7 +123,9 @@ def _dispatch(arguments: list[str]) -> int:
             _show_config(flags)
     elif command in PODS:
         if wants_help:
-            print(POD_USAGE.format(role=command), end="")
+            from services.ops.pod import parser_of
+
+            parser_of(command).print_help()
         else:
             return int(importlib.import_module(f"services.{command}.__main__").main(flags))
     else:
@@ -134,7 +139,9 @@ def _dispatch(arguments: list[str]) -> int:
 def _train(flags: list[str]) -> int:
     from services import config
     from services.local import run_dir, train
+    from services.ops.pod import find_modules_here
 
+    find_modules_here()
     plain = _take_switch(flags, "--plain")
     file = _take_value(flags, "--config")
     resumed = _take_value(flags, "--resume")
@@ -161,7 +168,10 @@ def _show_config(flags: list[str]) -> None:
         return
     file = _take_value(flags, "--config")
     effective = config.load(Path(file) if file else None, os.environ, flags)
-    print(yaml.safe_dump(config.dump(effective), sort_keys=False, allow_unicode=True), end="")
+    values = config.dump(effective)
+    if effective.run_dir == config.RunConfig.model_fields["run_dir"].default:
+        del values["run_dir"]  # so that every run from the printed file gets one of its own
+    print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
 
 
 def _explain_config() -> None:
@@ -212,6 +222,8 @@ def _take_value(flags: list[str], name: str) -> str | None:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("impala-kubernetes")
     except PackageNotFoundError:

@@ -25,8 +25,8 @@ Command = Callable[[str, Sequence[str]], list[str]]
 
 
 def pod_command(role: str, flags: Sequence[str]) -> list[str]:
-    """A pod in this very Python."""
-    return [sys.executable, "-m", f"services.{role}", *flags]
+    """A pod in this very Python. A folder called services where the user is must not pass for ours: -P."""
+    return [sys.executable, "-P", "-m", f"services.{role}", *flags]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,10 @@ def plan_pods(
         for name, value in environment.items()
         if not name.startswith(configuration.ENVIRONMENT_PREFIX)
     }
+    root = Path(configuration.__file__).parents[1]
+    if root == Path.cwd():  # perhaps a checkout that is not installed, which -P keeps the pods from finding
+        paths = filter(None, (str(root), inherited.get("PYTHONPATH")))
+        inherited["PYTHONPATH"] = os.pathsep.join(paths)
     pods = []
     names = ["paramserver", "learner", *(f"actor-{number}" for number in range(config.actors))]
     for name, port in zip(names, ports, strict=True):

@@ -118,10 +118,14 @@ def take_snapshot(
         wait_ratio=None if wait_ratio is None else min(1.0, wait_ratio),
         queue_depth=_whole(now.get("impala_learner_queue_depth")),
         queue_capacity=_whole(now.get("impala_learner_queue_capacity")),
-        losses=now.by_label("impala_learner_loss", "term"),
-        entropy=now.get("impala_learner_entropy"),
-        grad_norm=now.get("impala_learner_grad_norm"),
-        learning_rate=now.get("impala_learner_learning_rate"),
+        losses={
+            term: loss
+            for term, loss in now.by_label("impala_learner_loss", "term").items()
+            if not math.isnan(loss)
+        },
+        entropy=_known(now.get("impala_learner_entropy")),
+        grad_norm=_known(now.get("impala_learner_grad_norm")),
+        learning_rate=_known(now.get("impala_learner_learning_rate")),
         policy_version=None if version is None or version < 0 else version,
         checkpoint_age_s=max(0.0, unix_time_s - saved_at_s) if saved_at_s else None,
         troubles=_troubles(now),
@@ -148,6 +152,11 @@ def _troubles(now: Scrape) -> dict[str, int]:
         "failed checkpoints": now.get("impala_checkpoint_failures_total"),
     }
     return {kind: int(count) for kind, count in counts.items() if count}
+
+
+def _known(value: float | None) -> float | None:
+    """A gauge that was never set is NaN."""
+    return None if value is None or math.isnan(value) else value
 
 
 def _whole(value: float | None) -> int | None:

@@ -7,6 +7,7 @@ the live display read these names. An actor id is never a label: a thousand acto
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -132,10 +133,13 @@ class LearnerMetrics:
         self.total_steps = Gauge("impala_total_steps", "Agent steps this run trains for", registry=registry)
 
         self.policy_version.set(-1)
+        for term in ("policy", "baseline", "entropy", "total"):
+            self.loss.labels(term).set(math.nan)
+        for figure in (self.entropy, self.grad_norm, self.rho_clipped_ratio, self.learning_rate):
+            figure.set(math.nan)  # not known yet: a zero would look like a finding
         _start_at_zero(self.rollouts, "ok", "stale", "invalid")
         _start_at_zero(self.invalid_rollouts, *INVALID_REASONS)
         _start_at_zero(self.regroups, "collective_error", "timeout", "new_view")
-        _start_at_zero(self.loss, "policy", "baseline", "entropy", "total")
         _start_at_zero(self.stage_seconds, "wait", "h2d", "forward_backward", "allreduce", "publish")
 
 
@@ -170,7 +174,7 @@ class ParamserverMetrics:
 
         self.version.set(-1)
         _start_at_zero(self.pulls, "full", "not_modified")
-        _start_at_zero(self.refused_requests, *INVALID_REASONS)
+        _start_at_zero(self.refused_requests, *INVALID_REASONS, "relay", "stale", "internal")
 
 
 ROLES = {"actor": ActorMetrics, "learner": LearnerMetrics, "paramserver": ParamserverMetrics}
@@ -197,7 +201,7 @@ def _describe_process(registry: CollectorRegistry, role: str) -> None:
     ProcessCollector(registry=registry)
 
 
-def _start_at_zero(metric: Counter | Gauge | Histogram, *label_values: str) -> None:
+def _start_at_zero(metric: Counter | Histogram, *label_values: str) -> None:
     """A series that only appears with its first event has no increase to alert on."""
     for value in label_values:
         metric.labels(value)

@@ -7,7 +7,9 @@ the field, the value and what is allowed; here it becomes one line on stderr and
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -29,16 +31,9 @@ Run = Callable[[RunConfig, str, Lifecycle], int]
 
 def main(role: str, argv: Sequence[str] | None, run: Run) -> int:
     """Run one pod of ``role``; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog=f"impala {role}",
-        description="All other flags are configuration keys; `impala config --help` explains each.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", type=Path, help="configuration file (YAML or JSON)")
-    parser.add_argument(f"--{role}-id", dest="name", default=socket.gethostname(), help="unique in its run")
-    parser.add_argument("--parent-pid", type=int, help="stop when this process, our parent, is gone")
-    arguments, flags = parser.parse_known_args(argv)
     try:
+        arguments, flags = _parse(role, argv)
+        find_modules_here()
         config = configuration.load(arguments.config, os.environ, flags)
         logging.setup(role, config.ops.log_level)
         lifecycle = Lifecycle()
@@ -47,5 +42,54 @@ def main(role: str, argv: Sequence[str] | None, run: Run) -> int:
             lifecycle.watch_parent(arguments.parent_pid)
         return run(config, arguments.name, lifecycle)
     except ValueError as error:
-        sys.stderr.write("".join(f"impala {role}: {line}\n" for line in str(error).splitlines()))
+        text = name_own_flag(str(error), ("--config", f"--{role}-id", "--parent-pid"))
+        sys.stderr.write("".join(f"impala {role}: {line}\n" for line in text.splitlines()))
         return BAD_CONFIG
+
+
+def parser_of(role: str) -> argparse.ArgumentParser:
+    """The flags that every pod has beside the keys of the configuration."""
+    parser = argparse.ArgumentParser(
+        prog=f"impala {role}",
+        usage=f"impala {role} [--config FILE] [flags]",
+        description=f"Runs one {role} in the foreground, as a container does. All other flags are "
+        "configuration keys; `impala config --help` explains each.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file (YAML or JSON)")
+    parser.add_argument(
+        f"--{role}-id",
+        dest="name",
+        metavar="NAME",
+        default=socket.gethostname(),
+        help="unique in its run; default is the name of this host",
+    )
+    parser.add_argument(
+        "--parent-pid", type=int, metavar="PID", help="stop when this process, our parent, is gone"
+    )
+    return parser
+
+
+def find_modules_here() -> None:
+    """``--env my_module:make_env`` is a module where the user is; it never hides one that is installed."""
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError:  # it has been deleted
+        return
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def name_own_flag(error: str, own: Sequence[str]) -> str:
+    """``error``, unless it is about a key that nobody knows and that looks like one of our ``own`` flags."""
+    match = re.match(r"(--\S+): unknown key;", error)
+    close = difflib.get_close_matches(match[1], own, n=1, cutoff=0.8) if match else []
+    return f"{match[1]}: unknown flag; did you mean {close[0]}?" if match and close else error
+
+
+def _parse(role: str, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    try:
+        return parser_of(role).parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name}: {error.message}") from None

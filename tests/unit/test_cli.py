@@ -135,6 +135,18 @@ def test_config_prints_the_effective_configuration_as_a_file_that_can_be_used(
     assert (effective.seed, effective.optimiser.learning_rate) == (5, 1e-5)
 
 
+def test_a_printed_configuration_can_be_used_for_many_runs(
+    train: FakeTrain, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cli.main(["config", "--env", "catch"])
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
+    cli.main(["train", "--config", "my.yaml"])
+    assert train.config is not None
+    assert train.config.run_dir.name.endswith("-catch")
+    cli.main(["config", "--run_dir", "here"])
+    assert yaml.safe_load(capsys.readouterr().out)["run_dir"] == "here"
+
+
 def test_config_reads_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +199,14 @@ def test_an_interrupt_before_anything_has_started_is_quiet(
     assert capsys.readouterr() == ("", "")
 
 
+def test_modules_where_the_user_is_are_found_after_all_others(
+    train: FakeTrain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    cli.main(["train"])
+    assert sys.path[-1] == str(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------ mistakes
 
 
@@ -196,6 +216,9 @@ def test_an_interrupt_before_anything_has_started_is_quiet(
         (["trian"], "impala: unknown command 'trian'; did you mean train?\n"),
         (["xyz"], "impala: unknown command 'xyz'; allowed are train, config, actor, learner, paramserver\n"),
         (["train", "--batch_szie", "3"], "impala: --batch_szie: unknown key; did you mean batch_size?\n"),
+        (["train", "--resum", "x"], "impala: --resum: unknown flag; did you mean --resume?\n"),
+        (["train", "--plan"], "impala: --plan: unknown flag; did you mean --plain?\n"),
+        (["config", "--conf", "x"], "impala: --conf: unknown flag; did you mean --config?\n"),
         (["train", "--config"], "impala: --config: a value is missing\n"),
         (["train", "--resume="], "impala: --resume: a value is missing\n"),
         (
@@ -230,6 +253,13 @@ def test_a_wrong_environment_is_a_mistake_and_leaves_nothing_behind(
         "impala: env.id = 'ALE/Pnog-v5'"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("role", ["actor", "learner", "paramserver"])
+def test_the_help_of_a_pod_names_all_flags_of_its_own(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([role, "--help"])
+    output = capsys.readouterr().out
+    assert all(flag in output for flag in ("--config FILE", f"--{role}-id NAME", "--parent-pid PID"))
 
 
 @pytest.mark.parametrize("role", ["actor", "learner", "paramserver"])

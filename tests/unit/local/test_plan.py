@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pytest
 
 from services import config as configuration
 from services.config import RunConfig
-from services.local.plan import PodSpec, plan_pods, private_socket_dir, reserved_ports, write_targets
+from services.local.plan import (
+    PodSpec,
+    plan_pods,
+    pod_command,
+    private_socket_dir,
+    reserved_ports,
+    write_targets,
+)
 from services.local.run_dir import open_run_dir
 
 
@@ -84,3 +92,18 @@ def test_sockets_live_in_a_private_directory_with_a_short_name(
         assert len(str(path / "paramserver")) < 100
         assert path.stat().st_mode & 0o077 == 0
     assert not path.exists()
+
+
+def test_a_folder_called_services_where_the_user_is_does_not_pass_for_ours(tmp_path: Path) -> None:
+    (tmp_path / "services").mkdir()
+    (tmp_path / "services" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    pod = subprocess.run(
+        pod_command("paramserver", ["--help"]),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(configuration.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (pod.returncode, pod.stderr) == (0, "")
+    assert pod.stdout.startswith("usage: impala paramserver")

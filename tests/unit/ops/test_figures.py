@@ -133,7 +133,7 @@ def test_values_that_are_not_finite_fail_nothing(learner: FakeLearner) -> None:
         metrics.queue_depth.set(math.nan)
 
     snapshot = figures(learner, change)
-    assert math.isnan(snapshot.losses["total"])
+    assert "total" not in snapshot.losses
     assert snapshot.queue_depth is None
     assert plain_fields(snapshot)["grad_norm"] == math.inf
 
@@ -194,3 +194,10 @@ def test_history_of_the_return_is_bounded_and_covers_the_whole_run() -> None:
     assert returns[-1] > 4900
     steps = {b - a for a, b in itertools.pairwise(returns)}
     assert len(steps) == 1, "points are evenly spread"
+
+
+def test_figures_that_the_learner_has_not_reported_yet_are_unknown(learner: FakeLearner) -> None:
+    snapshot = take_snapshot(RUN, None, learner.scrape(100.0))
+    assert dict(snapshot.losses) == {}
+    assert (snapshot.entropy, snapshot.grad_norm, snapshot.learning_rate) == (None, None, None)
+    assert not {"loss_total", "entropy", "grad_norm"} & set(plain_fields(snapshot))

@@ -167,3 +167,13 @@ def test_after_close_the_port_is_free_again(pod: FakePod) -> None:
     second = pod.serve(port=first.port)
     assert get(second, "/healthz")[0] == 200
     second.close()
+
+
+def test_head_is_get_without_the_body(pod: FakePod, server: HealthServer) -> None:
+    for missing, status in ((None, 200), ("no weights yet", 503)):
+        pod.missing = missing
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("HEAD", "/readyz")
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (status, b"")
+        connection.close()

@@ -28,6 +28,22 @@ def output() -> Iterator[io.StringIO]:
     ours.setLevel(levels[1])
 
 
+class ClosedPipe(io.StringIO):
+    """Its reader has gone: `impala train --plain | head -1`."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_lines_that_nobody_can_read_are_lost_without_a_word(
+    output: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.setup("train", "info", ClosedPipe())
+    logging.get_logger("train").info("progress", steps=1)
+    assert capsys.readouterr() == ("", "")
+    assert output.getvalue() == ""
+
+
 def failure() -> Exception:
     """An error that has really been raised, so that it has a traceback."""
     try:

@@ -1,5 +1,7 @@
 """The metrics: their names, and the series that exist before anything has happened."""
 
+import math
+
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -64,7 +66,6 @@ def test_two_registries_in_one_process_share_nothing() -> None:
     [
         ("impala_learner_rollouts_total", "result", ("ok", "stale", "invalid")),
         ("impala_learner_invalid_rollouts_total", "reason", INVALID_REASONS),
-        ("impala_learner_loss", "term", ("policy", "baseline", "entropy", "total")),
         (
             "impala_learner_stage_seconds_count",
             "stage",
@@ -77,6 +78,22 @@ def test_series_with_known_labels_exist_at_zero(name: str, label: str, values: t
     LearnerMetrics(registry)
     for value in values:
         assert registry.get_sample_value(name, {label: value}) == 0
+
+
+def test_every_reason_to_refuse_a_request_exists_at_zero() -> None:
+    registry = CollectorRegistry()
+    ParamserverMetrics(registry)
+    for reason in (*INVALID_REASONS, "relay", "stale", "internal"):
+        assert registry.get_sample_value("impala_paramserver_refused_requests_total", {"reason": reason}) == 0
+
+
+def test_what_the_learner_has_not_reported_yet_is_not_a_number() -> None:
+    registry = CollectorRegistry()
+    LearnerMetrics(registry)
+    for term in ("policy", "baseline", "entropy", "total"):
+        assert math.isnan(registry.get_sample_value("impala_learner_loss", {"term": term}) or 0.0)
+    for name in ("entropy", "grad_norm", "rho_clipped_ratio", "learning_rate"):
+        assert math.isnan(registry.get_sample_value(f"impala_learner_{name}") or 0.0)
 
 
 def test_versions_start_below_the_first_one() -> None:

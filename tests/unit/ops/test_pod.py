@@ -1,0 +1,42 @@
+"""How a pod begins: its command line, what it refuses, and where it finds the user's modules."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from services.config import RunConfig
+from services.ops import pod
+from services.ops.lifecycle import Lifecycle
+
+
+def refuse_to_run(config: RunConfig, name: str, lifecycle: Lifecycle) -> int:
+    raise AssertionError("must not come so far")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--config"], "--config: expected one argument"),
+        (["--parent-pid", "x"], "--parent-pid: invalid int value: 'x'"),
+        (["--conf", "x"], "--conf: unknown flag; did you mean --config?"),
+        (["--actor_idd", "x"], "--actor_idd: unknown flag; did you mean --actor-id?"),
+        (["--batch_szie", "1"], "--batch_szie: unknown key; did you mean batch_size?"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(
+    argv: Sequence[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pod.main("actor", argv, refuse_to_run) == pod.BAD_CONFIG
+    assert capsys.readouterr() == ("", f"impala actor: {line}\n")
+
+
+def test_modules_where_the_user_is_are_found_after_all_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", ["/somewhere"])
+    monkeypatch.chdir(tmp_path)
+    pod.find_modules_here()
+    pod.find_modules_here()
+    assert sys.path == ["/somewhere", str(tmp_path)]
