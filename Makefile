@@ -51,10 +51,10 @@ define check-python
     || { echo 'make: $(PYTHON) cannot create virtual environments; on Debian: apt install python3-venv' >&2; exit 1; }
 endef
 
-# The stamp is written last, so an interrupted install starts over.
+# The stamp is written last, so an interrupted install starts over, and so does a .venv that is half there.
 .venv/.installed: pyproject.toml constraints.txt
 	$(check-python)
 	@echo 'Installing into .venv; the first time takes a minute or two.'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
