@@ -14,6 +14,7 @@ import torch
 
 from services.actor import weights as weights_module
 from services.actor.weights import WeightsClient
+from services.wire.codec import encode
 from services.wire.messages import (
     NO_SEAT,
     NO_VERSION,
@@ -31,6 +32,7 @@ from tests.unit.learner.waiting import until
 
 ACTOR = Client(client_id="actor-3", incarnation=11)
 HOLD_S = 0.25
+BEHIND_S = 0.6
 
 
 class Scene:
@@ -233,23 +235,29 @@ def test_after_a_refusal_the_server_is_given_a_pause(scene: Scene) -> None:
 
 
 def _babble() -> dict[str, list[Buffer]]:
-    bad_payload = Weights(
-        run_id=RUN,
-        server_incarnation=1,
-        state="training",
-        version=3,
-        steps=0,
-        seats=(4,),
-        payload=b"not safetensors",
-    )
-    from services.wire.codec import encode
+    """By what is wrong, answers that are of no use."""
+
+    def weights(payload: bytes) -> list[Buffer]:
+        return encode(
+            Weights(
+                run_id=RUN,
+                server_incarnation=1,
+                state="training",
+                version=3,
+                steps=0,
+                seats=(4,),
+                payload=payload,
+            )
+        )
 
     return {
         "empty": [b""],
         "not msgpack": [b"\xc1\xc1\xc1"],
         "another kind": encode(Published(run_id=RUN, server_incarnation=1, version=1)),
         "another run": encode(Published(run_id="other", server_incarnation=1, version=1)),
-        "not safetensors": encode(bad_payload),
+        "not safetensors": weights(b"not safetensors"),
+        "no tensors": weights(b""),
+        "another network": weights(safetensors.torch.save({"other": torch.zeros(3)})),
     }
 
 
@@ -309,6 +317,58 @@ def test_a_restarted_server_is_asked_with_the_seat_and_version_that_the_actor_ha
     scene.server.start()
     pull = scene.server.next(Pull)
     assert (pull.have_version, pull.sender) == (5, Client(client_id="actor-3", incarnation=11, seat=4))
+
+
+# --- a run that has gone back --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _quick_to_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "BEHIND_S", BEHIND_S)
+
+
+def behind(scene: Scene, version: int) -> Pull:
+    """The server says that it holds no more than ``version``; the request after that."""
+    scene.answer(version, with_payload=False)
+    return scene.server.next(Pull)
+
+
+def test_a_server_that_is_behind_for_a_moment_changes_nothing(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(5)
+    scene.server.next(Pull)
+    for _ in range(5):
+        assert behind(scene, 3).have_version == 5
+    assert scene.newest() == (5, 5)
+
+
+@pytest.mark.usefixtures("_quick_to_go_back")
+def test_a_server_that_stays_behind_has_lost_what_the_actor_has_and_the_actor_goes_back(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(5)
+    pull = scene.server.next(Pull)
+    since_s = time.monotonic()
+    while pull.have_version == 5:
+        assert time.monotonic() - since_s < DEADLINE_S
+        pull = behind(scene, 3)
+    assert time.monotonic() - since_s > 0.9 * BEHIND_S
+    assert pull.have_version == NO_VERSION
+    scene.answer(3)
+    assert scene.server.next(Pull).have_version == 3
+    assert scene.newest() == (3, 3)
+    assert behind(scene, 3).have_version == 3
+
+
+@pytest.mark.usefixtures("_quick_to_go_back")
+def test_a_server_that_catches_up_in_time_is_not_behind(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(5)
+    scene.server.next(Pull)
+    since_s = time.monotonic()
+    while time.monotonic() - since_s < 2 * BEHIND_S:  # never behind for long, though behind all the time
+        assert behind(scene, 3).have_version == 5
+        assert behind(scene, 5).have_version == 5
+    assert scene.newest() == (5, 5)
 
 
 # --- stopping ----------------------------------------------------------------------------------------
