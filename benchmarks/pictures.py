@@ -62,7 +62,7 @@ def curve(run_dir: Path, out: Path) -> None:
             [row[1] for row in peer["rows"]],
             color="#9aa0a6",
             linewidth=1.5,
-            label="MonoBeast, same hyperparameters and machine, nature network",
+            label="MonoBeast, same hyperparameters and kind of machine, nature network",
         )
     top.set_ylabel("episode return")
     top.set_title(
