@@ -113,6 +113,11 @@ def scene(make: Make) -> Scene:
     return scene
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "POLL_S", 0.01)  # how long stopping takes
+
+
 @pytest.fixture
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights_module, "REFUSED_PAUSE_S", 0.01)
@@ -226,7 +231,8 @@ def test_a_refusal_is_trouble_in_the_servers_own_words_and_no_end(scene: Scene) 
     assert scene.client.missing() is None
 
 
-def test_after_a_refusal_the_server_is_given_a_pause(scene: Scene) -> None:
+def test_after_a_refusal_the_server_is_given_a_pause(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "REFUSED_PAUSE_S", 0.5)
     scene.server.next(Pull)
     scene.server.answer(Refusal(reason="run", text="another run"))
     refused_s = time.monotonic()

@@ -13,6 +13,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from services.config import EnvConfig
+from services.learner import batch as batch_module
 from services.learner.batch import NUM_SLOTS, Batch, Batcher, message_bytes, rollout_schema
 from services.learner.intake import Freshness, RolloutQueue
 from services.rl.actions import Discrete
@@ -65,6 +66,11 @@ class Scene:
         self.stopping.set()
         self.thread.join(DEADLINE_S)
         assert not self.thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "POLL_S", 0.01)  # how long stopping takes
 
 
 @pytest.fixture
@@ -230,7 +236,7 @@ def test_the_batcher_waits_while_all_buffers_are_in_the_trainers_hands(scene: Sc
     scene.put(*(rollout(sequence) for sequence in range(8)))
     first, second = scene.next(), scene.next()
     before = [[tensor.clone() for tensor in tensors(batch)] for batch in (first, second)]
-    assert scene.batcher.next(0.3) is None  # longer than the batcher's own patience
+    assert scene.batcher.next(0.1) is None  # longer than the batcher's own patience
     assert len(scene.queue) == 4
     for batch, copies in zip((first, second), before, strict=True):
         for tensor, copy in zip(tensors(batch), copies, strict=True):

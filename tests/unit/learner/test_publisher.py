@@ -31,7 +31,7 @@ from tests.unit.learner.waiting import until
 
 LEARNER = Client(client_id="learner-0", incarnation=5)
 ANNOUNCE_S = 0.1
-ANSWER_S = 1.0
+ANSWER_S = 0.7
 
 
 class Scene:
@@ -73,6 +73,7 @@ class Scene:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher_module, "ANNOUNCE_S", ANNOUNCE_S)
+    monkeypatch.setattr(publisher_module, "POLL_S", 0.01)  # how long stopping takes
 
 
 @pytest.fixture
