@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # torch only after the threads are limited
 
 STOP_S = 5.0
 FIND_NEWER_S = 3.0
-DIVERGED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,7 +185,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
             lifecycle.stop("the last checkpoint could not be written", 1)
     except TrainingDivergedError as error:
         log.error("training_diverged", reason=error)
-        lifecycle.stop("training diverged", DIVERGED)
+        lifecycle.stop("training diverged", pod.DIVERGED)
     except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
         lifecycle.fail(error)
     publisher.wake()

@@ -84,7 +84,8 @@ def find_modules_here() -> None:
 def name_own_flag(error: str, own: Sequence[str]) -> str:
     """``error``, unless it is about a key that nobody knows and that looks like one of our ``own`` flags."""
     match = re.match(r"(--\S+): unknown key;", error)
-    close = difflib.get_close_matches(match[1], own, n=1, cutoff=0.8) if match else []
+    dotted = match is not None and "." in match[1]  # a key of a section, which no flag of our own is
+    close = difflib.get_close_matches(match[1], own, n=1, cutoff=0.8) if match and not dotted else []
     return f"{match[1]}: unknown flag; did you mean {close[0]}?" if match and close else error
 
 
