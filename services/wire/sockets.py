@@ -70,6 +70,23 @@ class _Socket:
                 f"{key} = {endpoint!r}: cannot listen ({reason}); allowed is a free address of this host"
             ) from None
 
+    def _send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
+            return False
+        try:
+            self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def _receive(self, timeout_s: float) -> list[Buffer] | None:
+        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
+            return None
+        try:
+            return [part.buffer for part in self._socket.recv_multipart(zmq.DONTWAIT, copy=False)]
+        except zmq.Again:
+            return None
+
     @property
     def endpoint(self) -> str:
         """The address last bound or connected, with the port that a wildcard was given."""
@@ -109,13 +126,7 @@ class RolloutSender(_Socket):
 
         Large frames are not copied: their memory must stay as it is until the message has left.
         """
-        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
-            return False
-        try:
-            self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
-        except zmq.Again:
-            return False
-        return True
+        return self._send(frames, timeout_s)
 
 
 class RolloutReceiver(_Socket):
@@ -128,12 +139,7 @@ class RolloutReceiver(_Socket):
 
     def receive(self, timeout_s: float) -> list[Buffer] | None:
         """The next message's frames, not copied; None if there is none within ``timeout_s``."""
-        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
-            return None
-        try:
-            return [part.buffer for part in self._socket.recv_multipart(zmq.DONTWAIT, copy=False)]
-        except zmq.Again:
-            return None
+        return self._receive(timeout_s)
 
 
 class Requester(_Socket):
@@ -152,22 +158,11 @@ class Requester(_Socket):
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         """Send a request; False if the server is not there within ``timeout_s``."""
-        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
-            return False
-        try:
-            self._socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
-        except zmq.Again:
-            return False
-        return True
+        return self._send(frames, timeout_s)
 
     def receive(self, timeout_s: float) -> list[Buffer] | None:
         """The next reply's frames, not copied; None if there is none within ``timeout_s``."""
-        if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
-            return None
-        try:
-            return [part.buffer for part in self._socket.recv_multipart(zmq.DONTWAIT, copy=False)]
-        except zmq.Again:
-            return None
+        return self._receive(timeout_s)
 
 
 class Replier(_Socket):

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.config import EnvConfig
-from services.rl.envs.base import Actions, EnvSpec, Observations, Transition, read_kwargs
+from services.rl.envs.base import Actions, EnvSpec, Observations, read_kwargs
+from services.rl.envs.lockstep import Lockstep, Rewards
 
 EXAMPLES: tuple[EnvConfig, ...] = (
     EnvConfig(id="catch"),
@@ -79,16 +80,12 @@ def make(config: EnvConfig, num_envs: int, num_threads: int) -> Catch:  # noqa: 
     return Catch(config, num_envs)
 
 
-class Catch:
-    """N boards in lockstep."""
+class Catch(Lockstep):
+    """N boards."""
 
     def __init__(self, config: EnvConfig, num_envs: int) -> None:
-        self.spec = spec(config)
-        self.num_envs = num_envs
+        super().__init__(spec(config), num_envs)
         self._settings = read_kwargs(CatchSettings, config.kwargs)
-        self._envs = np.arange(num_envs)
-        self._rng = np.random.default_rng()
-        self._actions = np.zeros(num_envs, np.int64)
         self._ball_row = 0
         self._ball_column = np.zeros(num_envs, np.int64)
         self._paddle = np.zeros(num_envs, np.int64)
@@ -96,48 +93,25 @@ class Catch:
         self._cell_heights = _shares(config.frame_height, self._settings.rows)
         self._cell_widths = _shares(config.frame_width, self._settings.columns)
 
-    def reset(self, seed: int) -> Observations:
-        self._rng = np.random.default_rng(seed)
-        return self._new_episode()
-
-    def send(self, actions: Actions) -> None:
-        self._actions = actions
-
-    def recv(self) -> Transition:
-        bottom = self._settings.rows - 1
-        reward = np.zeros(self.num_envs, np.float32)
-        if self._ball_row == bottom:
-            observation = self._new_episode()
-        else:
-            self._paddle = np.clip(self._paddle + self._actions - 1, 0, self._settings.columns - 1)
-            self._ball_row += 1
-            observation = self._draw()
-            if self._ball_row == bottom:
-                reward = np.where(self._paddle == self._ball_column, 1, -1).astype(np.float32)
-        over = reward != 0
-        return Transition(
-            observation=observation,
-            reward=reward,
-            terminated=over,
-            truncated=np.zeros(self.num_envs, np.bool_),
-            episode_over=over.copy(),
-        )
-
-    def close(self) -> None:
-        pass
-
-    def _new_episode(self) -> Observations:
+    def begin(self) -> Observations:
         self._ball_row = 0
-        self._ball_column = self._rng.integers(self._settings.columns, size=self.num_envs)
+        self._ball_column = self.rng.integers(self._settings.columns, size=self.num_envs)
         self._paddle = np.full(self.num_envs, self._settings.columns // 2)
         return self._draw()
+
+    def advance(self, actions: Actions) -> tuple[Observations, Rewards]:
+        self._paddle = np.clip(self._paddle + actions - 1, 0, self._settings.columns - 1)
+        self._ball_row += 1
+        if self._ball_row < self._settings.rows - 1:
+            return self._draw(), self.no_reward()
+        return self._draw(), np.where(self._paddle == self._ball_column, 1, -1).astype(np.float32)
 
     def _draw(self) -> Observations:
         rows, columns, pixels = self._settings.rows, self._settings.columns, self._settings.pixels
         board = np.zeros((self.num_envs, rows, columns), np.uint8 if pixels else np.float32)
         ink = 255 if pixels else 1
-        board[self._envs, self._ball_row, self._ball_column] = ink
-        board[self._envs, -1, self._paddle] = ink
+        board[self.envs, self._ball_row, self._ball_column] = ink
+        board[self.envs, -1, self._paddle] = ink
         if not pixels:
             return board.reshape(self.num_envs, rows * columns)
         return board.repeat(self._cell_widths, axis=2).repeat(self._cell_heights, axis=1)

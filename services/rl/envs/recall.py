@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.config import EnvConfig
-from services.rl.envs.base import Actions, EnvSpec, Observations, Transition, read_kwargs
+from services.rl.envs.base import Actions, EnvSpec, Observations, read_kwargs
+from services.rl.envs.lockstep import Lockstep, Rewards
 
 EXAMPLES: tuple[EnvConfig, ...] = (
     EnvConfig(id="recall"),
@@ -62,52 +63,28 @@ def make(config: EnvConfig, num_envs: int, num_threads: int) -> Recall:  # noqa:
     return Recall(config, num_envs)
 
 
-class Recall:
-    """N recalls in lockstep."""
+class Recall(Lockstep):
+    """N recalls."""
 
     def __init__(self, config: EnvConfig, num_envs: int) -> None:
-        self.spec = spec(config)
-        self.num_envs = num_envs
+        super().__init__(spec(config), num_envs)
         self._settings = read_kwargs(RecallSettings, config.kwargs)
-        self._envs = np.arange(num_envs)
-        self._rng = np.random.default_rng()
-        self._actions = np.zeros(num_envs, np.int64)
         self._cue = np.zeros(num_envs, np.int64)
         self._step = 0
 
-    def reset(self, seed: int) -> Observations:
-        self._rng = np.random.default_rng(seed)
-        return self._new_episode()
-
-    def send(self, actions: Actions) -> None:
-        self._actions = actions
-
-    def recv(self) -> Transition:
-        query = self._settings.delay + 1
-        reward = np.zeros(self.num_envs, np.float32)
-        if self._step > query:
-            observation = self._new_episode()
-        else:
-            if self._step == query:
-                reward = np.where(self._actions == self._cue, 1, -1).astype(np.float32)
-            self._step += 1
-            observation = np.zeros((self.num_envs, *self.spec.observation_shape), np.float32)
-            observation[:, -1] = self._step == query
-        over = reward != 0
-        return Transition(
-            observation=observation,
-            reward=reward,
-            terminated=over,
-            truncated=np.zeros(self.num_envs, np.bool_),
-            episode_over=over.copy(),
-        )
-
-    def close(self) -> None:
-        pass
-
-    def _new_episode(self) -> Observations:
+    def begin(self) -> Observations:
         self._step = 0
-        self._cue = self._rng.integers(self._settings.num_cues, size=self.num_envs)
+        self._cue = self.rng.integers(self._settings.num_cues, size=self.num_envs)
         observation = np.zeros((self.num_envs, *self.spec.observation_shape), np.float32)
-        observation[self._envs, self._cue] = 1
+        observation[self.envs, self._cue] = 1
         return observation
+
+    def advance(self, actions: Actions) -> tuple[Observations, Rewards]:
+        query = self._settings.delay + 1
+        answered = self._step == query
+        self._step += 1
+        observation = np.zeros((self.num_envs, *self.spec.observation_shape), np.float32)
+        observation[:, -1] = self._step == query
+        if not answered:
+            return observation, self.no_reward()
+        return observation, np.where(actions == self._cue, 1, -1).astype(np.float32)
