@@ -112,10 +112,11 @@ def start_launcher(config: RunConfig, pods: Pods, tmp_path: Path) -> Iterator[St
 
     def start(terminal: int | None = None) -> subprocess.Popen[str]:
         program = f"""
-            import fcntl, sys, termios
+            import fcntl, signal, sys, termios
             from pathlib import Path
             from services import config
             from services.local.train import train
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
             if {terminal is not None}:  # so that closing it is also a SIGHUP
                 fcntl.ioctl(sys.stdout, termios.TIOCSCTTY, 0)
             behaviours = {pods.behaviours!r}
