@@ -84,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # nobody reads it any more; without this Python would try again, and complain
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                sys.stderr.write(f"impala: cannot write the output ({error.strerror})\n")
+                exit_code = exit_code or 1
+            # Nobody reads it any more; without this Python would try again, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return exit_code
 

@@ -41,9 +41,9 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 def _check_endpoint(endpoint: str) -> str:
-    match = re.fullmatch(r"tcp://(?:\[[0-9a-fA-F:.]+\]|[^:/\s\[\]]+):(\d{1,5}|\*)|ipc://.+", endpoint)
+    match = re.fullmatch(r"tcp://(?:\[[\w:.%]+\]|[^:/\s\[\]]+):(\d{1,5}|\*)|ipc://.+", endpoint)
     port = match[1] if match else None
-    if match is None or (port not in (None, "*") and not 0 < int(port) < 65536):
+    if match is None or (port not in (None, "*") and int(port) > 65535):
         raise ValueError("allowed is tcp://host:port or ipc:///path")
     return endpoint
 

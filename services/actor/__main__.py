@@ -143,10 +143,20 @@ def build_beside(
     When the pod is stopped meanwhile, what is there by then.
     """
     built: list[T] = []
-    building = lifecycle.thread("environments", lambda: built.extend(map(build, seeds)))
+    failures: list[Exception] = []
+
+    def work() -> None:
+        try:
+            built.extend(map(build, seeds))
+        except Exception as error:  # noqa: BLE001  (whatever it is, the main thread has the word for it)
+            failures.append(error)
+
+    building = lifecycle.thread("environments", work)
     while building.is_alive() and not lifecycle.stopping.is_set():
         heartbeat.beat()
         building.join(POLL_S)
+    if failures:
+        raise failures[0]
     return list(built)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch only after the threads are limited
     from services.learner.trainer import Trainer
     from services.wire.messages import ArraySpec, Weights
 
-STOP_S = 5.0
+STOP_S = 2.0
 FIND_NEWER_S = 3.0
 
 
@@ -224,7 +224,7 @@ def restore(config: RunConfig, trainer: Trainer, episodes: Episodes, checkpoint:
         ours = configuration.dump(config)
         for section, knob in (("env", "id"), ("network", "name")):
             was, now = checkpoint.config[section][knob], ours[section][knob]
-            if was != now:
+            if was != now and "auto" not in (was, now):  # then the shapes of the weights decide
                 raise ValueError(f"{section}.{knob} was {was!r} and is {now!r}")  # noqa: TRY301
         trainer.load_state_dict(checkpoint.trainer)
         episodes.load_state_dict(checkpoint.episodes)
@@ -262,7 +262,9 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"learner.device = {name!r}: allowed are auto, cpu, cuda and cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"learner.device = {name!r}: allowed are auto, cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # set_device takes none without an index
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(
             f"learner.device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
             "allowed is cpu"

@@ -93,6 +93,9 @@ class _Slot:
 class Batcher:
     """Runs in its own thread until the pod stops; the trainer calls ``next``."""
 
+    QUEUE: ClassVar = queue.Queue
+    """Not SimpleQueue: before Python 3.13 a signal at the end of its timeout makes ``get`` wait for ever."""
+
     def __init__(
         self,
         *,
@@ -112,8 +115,8 @@ class Batcher:
         self._metrics = metrics
         self._stopping = stopping
         self._unpacker = Unpacker()
-        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        self._free: queue.Queue[_Slot] = self.QUEUE()
+        self._ready: queue.Queue[Batch] = self.QUEUE()
         for _ in range(NUM_SLOTS):
             self._free.put(_Slot(schema, batch_size, pinned))
 

@@ -29,7 +29,7 @@ from services.wire.messages import NO_VERSION
 
 POLL_S = 0.25
 PUBLISH_LAST_S = 5.0
-SAVE_LAST_S = 20.0
+SAVE_LAST_S = 15.0
 """How long a slow disk may hold up the end of the pod; a launcher or kubelet gives 30 s."""
 SAVE_RETRY_S = 10.0
 SAVE_POLL_S = 0.02
@@ -105,20 +105,22 @@ class LearnerLoop:
 
     def _save_last(self) -> bool:
         """Whether the last state is on the disk: tried until it is, or once if the pod has to stop."""
-        attempts, retry_at_s, deadline_s = 0, 0.0, float("inf")
-        while self._checkpoints.saved_steps != self._trainer.steps:
+        retry_at_s, deadline_s, is_last_try = 0.0, float("inf"), False
+        while True:
             self._heartbeat.beat()
-            now_s = self._clock()
-            if self._stopping.is_set():
+            now_s, stopping = self._clock(), self._stopping.is_set()
+            busy = self._checkpoints.busy  # asked before what it has written, or that could be missed
+            if self._checkpoints.saved_steps == self._trainer.steps:
+                return True
+            if stopping:
                 deadline_s = min(deadline_s, now_s + SAVE_LAST_S)
-                if now_s >= deadline_s or (attempts and not self._checkpoints.busy):
+                if now_s >= deadline_s or (is_last_try and not busy):
                     _log.error("last_checkpoint_missing", steps=self._trainer.steps)
                     return False
-            if not self._checkpoints.busy and now_s >= retry_at_s:
+            if not busy and (stopping or now_s >= retry_at_s):
                 self._checkpoint()
-                attempts, retry_at_s = attempts + 1, now_s + SAVE_RETRY_S
+                retry_at_s, is_last_try = now_s + SAVE_RETRY_S, stopping
             time.sleep(SAVE_POLL_S)
-        return True
 
     def _announce_completion(self) -> None:
         version, steps = self._trainer.version, self._trainer.steps
@@ -130,6 +132,10 @@ class LearnerLoop:
         _log.info("training_complete", steps=steps, policy_version=version)
 
     def _turn(self) -> None:
+        # The server never goes back. If it is ahead, because it could not be asked when this learner went
+        # back to a checkpoint, its actors act by weights that are newer than ours: go on from the number
+        # that it holds, or all that they send would look as if it came from the future.
+        self._trainer.version = max(self._trainer.version, self._publisher.held_version)
         waiting_s = time.perf_counter()
         batch = self._batcher.next(POLL_S)
         waited_s = time.perf_counter() - waiting_s
@@ -151,9 +157,6 @@ class LearnerLoop:
         training_s = time.perf_counter()
         self._stage["h2d"].observe(training_s - copying_s)
         steps_before = self._trainer.steps
-        # The server never goes back. If it is ahead, because it could not be asked when this learner went
-        # back to a checkpoint, the next version is numbered above what it holds.
-        self._trainer.version = max(self._trainer.version, self._publisher.held_version)
         self._trainer.update(on_device)
         on_device.release()
         publishing_s = time.perf_counter()

@@ -42,6 +42,13 @@ class PodSpec:
     log: Path
 
 
+def _here() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # it has been deleted
+        return None
+
+
 def plan_pods(
     config: RunConfig,
     ports: Sequence[int],
@@ -68,7 +75,7 @@ def plan_pods(
         if not name.startswith(configuration.ENVIRONMENT_PREFIX)
     }
     root = Path(configuration.__file__).parents[1]
-    if root == Path.cwd():  # perhaps a checkout that is not installed, which -P keeps the pods from finding
+    if root == _here():  # perhaps a checkout that is not installed, which -P keeps the pods from finding
         paths = filter(None, (str(root), inherited.get("PYTHONPATH")))
         inherited["PYTHONPATH"] = os.pathsep.join(paths)
     pods = []

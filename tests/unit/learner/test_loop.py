@@ -82,6 +82,19 @@ class Server:
         return True
 
 
+class NoBatches:
+    """None arrives, and after a few questions the pod is stopped."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self.stopping = stopping
+        self.questions = 0
+
+    def next(self, timeout_s: float) -> None:
+        self.questions += 1
+        if self.questions == 3:
+            self.stopping.set()
+
+
 class Scene:
     """A loop that has nothing more to train."""
 
@@ -91,14 +104,19 @@ class Scene:
         self.disk = Disk(failures)
         self.server = Server(self.disk, self.stopping)
         self.now_s = 0.0
-        self.loop = LearnerLoop(
-            trainer=cast(Trainer, FinishedTrainer()),
-            batcher=cast(Batcher, None),
-            group=group or Group(),
+        self.directory = directory
+        self.group = group or Group()
+        self.loop = self.make(FinishedTrainer(), None)
+
+    def make(self, trainer: FinishedTrainer, batcher: NoBatches | None) -> LearnerLoop:
+        return LearnerLoop(
+            trainer=cast(Trainer, trainer),
+            batcher=cast(Batcher, batcher),
+            group=self.group,
             publisher=cast(Publisher, self.server),
             checkpoints=cast(CheckpointStore, self.disk),
             checkpoint_interval_s=60.0,
-            reporter=Reporter(run_dir=directory, task="x", frame_skip=1, metrics=self.counts.metrics),
+            reporter=Reporter(run_dir=self.directory, task="x", frame_skip=1, metrics=self.counts.metrics),
             log_interval_s=5.0,
             episodes=Episodes(),
             config={},
@@ -136,6 +154,17 @@ def test_a_pod_that_is_stopped_saves_once_and_says_if_that_failed(tmp_path: Path
     assert scene.disk.attempts == 1
     assert "complete" not in [state for _, state, _ in scene.server.offers]
     assert scene.counts.registry.get_sample_value("impala_training_complete") == 0
+
+
+def test_a_server_that_is_ahead_is_caught_up_with_before_any_batch_arrives(tmp_path: Path) -> None:
+    # Its actors act by version 30: until this learner says 30 too, all that they send is too new to be used.
+    scene = Scene(tmp_path)
+    trainer, server = FinishedTrainer(), scene.server
+    trainer.complete, server.held_version = False, 30
+    scene.loop = scene.make(trainer, NoBatches(scene.stopping))
+    assert scene.loop.run()
+    assert trainer.version == 30
+    assert ("training", 30) in [(state, version) for version, state, _ in server.offers]
 
 
 def test_only_the_leader_publishes_and_saves(tmp_path: Path) -> None:
