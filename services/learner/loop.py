@@ -77,7 +77,7 @@ class LearnerLoop:
         self._offered = NO_VERSION
         self._stage = {
             stage: metrics.stage_seconds.labels(stage)
-            for stage in ("wait", "h2d", "forward_backward", "allreduce", "publish")
+            for stage in ("wait", "h2d", "forward_backward", "publish")
         }
 
     def run(self) -> bool:
@@ -97,7 +97,7 @@ class LearnerLoop:
                 self._checkpoint()
         self._report()
         saved = self._save_last() if self._group.is_leader else True
-        if self._trainer.complete and saved:
+        if self._trainer.complete and saved and not self._stopping.is_set():
             self._announce_completion()
             while not self._stopping.wait(POLL_S):
                 self._heartbeat.beat()

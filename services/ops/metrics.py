@@ -75,9 +75,6 @@ class LearnerMetrics:
         self.sequence_gaps = Counter(
             "impala_learner_sequence_gaps", "Rollouts sent that never arrived", registry=registry
         )
-        self.regroups = Counter(
-            "impala_learner_regroups", "Times the learners formed a new group", ["reason"], registry=registry
-        )
         self.queue_depth = Gauge("impala_learner_queue_depth", "Rollouts waiting", registry=registry)
         self.queue_capacity = Gauge("impala_learner_queue_capacity", "Of the queue", registry=registry)
         self.loss = Gauge("impala_learner_loss", "Terms of the last loss", ["term"], registry=registry)
@@ -139,8 +136,7 @@ class LearnerMetrics:
             figure.set(math.nan)  # not known yet: a zero would look like a finding
         _start_at_zero(self.rollouts, "ok", "stale", "invalid")
         _start_at_zero(self.invalid_rollouts, *INVALID_REASONS)
-        _start_at_zero(self.regroups, "collective_error", "timeout", "new_view")
-        _start_at_zero(self.stage_seconds, "wait", "h2d", "forward_backward", "allreduce", "publish")
+        _start_at_zero(self.stage_seconds, "wait", "h2d", "forward_backward", "publish")
 
 
 class ParamserverMetrics:

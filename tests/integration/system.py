@@ -66,6 +66,16 @@ def processes(*words: str) -> dict[int, list[str]]:
     return found
 
 
+def processes_in(directory: Path) -> list[int]:
+    """The living processes whose working directory this is: the pods of a launcher have their launcher's."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "cwd").readlink() == directory:
+                found.append(int(entry.name))
+    return found
+
+
 class Process:
     """A program that a test has started, and all that it writes."""
 

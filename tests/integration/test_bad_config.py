@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.system import environment, processes
+from tests.integration.system import environment, processes_in
 
 pytestmark = pytest.mark.integration
 
@@ -27,6 +27,13 @@ def train(cwd: Path, *flags: str, **variables: str) -> tuple[int, list[str]]:
     )
     assert finished.stdout == ""
     return finished.returncode, finished.stderr.splitlines()
+
+
+def test_what_is_started_in_a_directory_is_found(tmp_path: Path) -> None:
+    """The other tests here look for processes that must not be there."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], cwd=tmp_path, stdin=subprocess.PIPE) as process:
+        assert processes_in(tmp_path) == [process.pid]
+        process.kill()
 
 
 @pytest.mark.parametrize("run_dir", [[], ["--run_dir", "here"]], ids=["own run dir", "given run dir"])
@@ -56,7 +63,7 @@ def test_a_wrong_configuration_is_one_line_and_starts_nothing(
     assert lines[0].startswith("impala: ")
     assert all(word in lines[0] for word in words), lines[0]
     assert list(tmp_path.iterdir()) == []
-    assert not processes(str(tmp_path / "here"))
+    assert not processes_in(tmp_path)
 
 
 def test_a_wrong_environment_variable_is_one_line_that_names_it(tmp_path: Path) -> None:
