@@ -84,7 +84,7 @@ def train(
             else:
                 (config.run_dir / "config.json").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the terminal is closed, or the pipe: nobody reads this
-        report(outcome, run, launcher.steps)
+        report(outcome, run, steps_reached(config.run_dir, launcher.steps))
     return outcome.exit_code
 
 
@@ -98,6 +98,12 @@ def make_progress(plain: bool) -> Progress:
         return PlainProgress(logging.get_logger("train"))
     logging.setup("train")
     return LiveProgress()
+
+
+def steps_reached(run_dir: Path, told: int) -> int:
+    """Where the run goes on: the learner trained on after it was last asked, as its last checkpoint says."""
+    names = (path.stem.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*.pt"))
+    return max((told, *(int(name) for name in names if name.isdecimal())))
 
 
 def report(outcome: Outcome, run: RunInfo, steps: int) -> None:

@@ -63,6 +63,8 @@ say("up")
 if behaviour == "stubborn":
     signal.pause()
 life.stopping.wait()
+if behaviour == "save":  # steps that nobody has scraped
+    Path(flags["--run_dir"], "checkpoints", "step-000000000640.pt").touch()
 say("stopped")
 sys.exit(int(behaviour[5:]) if behaviour.startswith("fail-") else 0)
 '''

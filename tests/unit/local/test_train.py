@@ -165,6 +165,17 @@ def test_one_signal_stops_cleanly_and_says_how_to_go_on(
     assert pods.rest() == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
 
 
+def test_what_a_stopped_run_says_of_its_steps_is_what_its_last_checkpoint_holds(
+    pods: Pods, start_launcher: StartLauncher
+) -> None:
+    pods.behaviours["learner"] = "save"
+    launcher = start_launcher()
+    pods.read(3)
+    launcher.send_signal(signal.SIGINT)
+    output, _ = launcher.communicate(timeout=PATIENCE_S)
+    assert "stopped at 640 of 1,000 steps" in output
+
+
 def test_a_terminal_that_is_closed_stops_cleanly(
     config: RunConfig, pods: Pods, start_launcher: StartLauncher
 ) -> None:
