@@ -74,7 +74,7 @@ def plan_pods(
         for name, value in environment.items()
         if not name.startswith(configuration.ENVIRONMENT_PREFIX)
     }
-    root = Path(configuration.__file__).parents[1]
+    root = Path(configuration.__file__).parents[2]
     if root == _here():  # perhaps a checkout that is not installed, which -P keeps the pods from finding
         paths = filter(None, (str(root), inherited.get("PYTHONPATH")))
         inherited["PYTHONPATH"] = os.pathsep.join(paths)

@@ -32,8 +32,11 @@ FROZEN = (
     "env.frame_stack",
     "env.frame_height",
     "env.frame_width",
+    "env.color",
     "env.full_action_set",
+    "tasks",
     "network",
+    "popart.enabled",
     "optimiser.name",
 )
 """Keys, and whole sections, that a run keeps: with others its checkpoints would be of no use."""
@@ -41,7 +44,7 @@ FROZEN = (
 
 def with_new_run_dir(config: RunConfig, now: datetime) -> RunConfig:
     """``config`` with a directory of its own: runs/<time>-<env>."""
-    env = re.sub(r"[^A-Za-z0-9.]+", "-", config.env.id.rpartition("/")[2]).strip("-.")
+    env = re.sub(r"[^A-Za-z0-9.]+", "-", config.title.rpartition("/")[2]).strip("-.")
     first = Path("runs") / f"{now:%Y%m%d-%H%M%S}-{env}"
     names = [first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 100))]
     free = next((name for name in names if not name.exists()), first)

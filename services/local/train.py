@@ -59,7 +59,7 @@ def train(
 ) -> int:
     """Run to the end; returns the exit code."""
     run = RunInfo(
-        env_id=config.env.id,
+        env_id=config.title,
         total_steps=config.total_steps,
         frame_skip=find_frame_skip(config),
         run_dir=config.run_dir,

@@ -75,6 +75,22 @@ def test_environment_arguments_are_replaced_whole(tmp_path: Path) -> None:
     assert load(file, {}, ["--env.kwargs", "{rows: 12}"]).env.kwargs == {"rows": 12}
 
 
+def test_tasks_are_named_or_described(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "tasks: [catch, {id: catch, name: far, kwargs: {rows: 20}}]\n")
+    near, far = load(file).tasks
+    assert (near.id, near.name, near.kwargs) == ("catch", None, {})
+    assert (far.id, far.name, far.kwargs) == ("catch", "far", {"rows": 20})
+    assert [task.id for task in load(flags=["--tasks", "catch,recall"]).tasks] == ["catch", "recall"]
+    assert load(flags=["--tasks", "[catch, {id: catch, name: far, kwargs: {rows: 20}}]"]).tasks == (near, far)
+    assert validate(dump(load(file))) == load(file)
+
+
+def test_replay_shares_a_batch_with_fresh_experience() -> None:
+    config = load(flags=["--replay.ratio", "7"])
+    assert (config.fresh_per_update, config.steps_per_update) == (4, 80)
+    assert (load().fresh_per_update, load().steps_per_update) == (32, 640)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid(preset: str) -> None:
     assert load(flags=["--preset", preset]).preset == preset
@@ -117,7 +133,7 @@ def test_flags_have_several_spellings(flags: list[str]) -> None:
 @pytest.mark.parametrize(("alias", "key"), ALIASES.items())
 def test_every_alias_is_its_key(alias: str, key: str) -> None:
     section, name = key.split(".")
-    value = {"str": "cuda", "float": "0.5", "int": "8"}[
+    value = {"str": "cuda", "float": "0.5", "int": "8", "bool": "true"}[
         type(getattr(getattr(load(), section), name)).__name__
     ]
     assert load(flags=[f"--{alias}", value]) == load(flags=[f"--{key}", value]) != load()
@@ -185,7 +201,7 @@ def test_only_variables_with_our_prefix_are_read() -> None:
         (["--optimiser.learning_rate", "0"], "allowed is greater than 0"),
         (["--loss.discount", "1.01"], "allowed is less than or equal to 1"),
         (["--actor.num_envs", "7"], "--actor.num_envs = '7': allowed is a multiple of 2"),
-        (["--optimiser.name", "sgd"], "allowed is 'rmsprop' or 'adam'"),
+        (["--optimiser.name", "sgd"], "allowed is 'rmsprop', 'rmsprop_tf' or 'adam'"),
         (["--env.full_action_set=perhaps"], "--env.full_action_set = 'perhaps'"),
         (["--wire.learner_bind", "localhost:5555"], "--wire.learner_bind = 'localhost:5555'"),
         (["--wire.learner_endpoints", "[]"], "wire.learner_endpoints"),
@@ -220,12 +236,21 @@ def test_a_wrong_element_of_a_list_is_named_by_its_place() -> None:
         ),
         (
             ["--total_steps", "639"],
-            "total_steps = 639: less than one update; allowed is at least unroll_length x batch_size = 640",
+            "less than one update; allowed is at least unroll_length x batch_size / (1 + replay.ratio) = 640",
         ),
         (
             ["--actors", "200", "--learner.max_policy_lag", "199"],
             "learner.max_policy_lag = 199: actors x actor.num_envs = 6400 environments finish 200 batches",
         ),
+        (["--replay.ratio", "2"], "replay.ratio = 2: batch_size = 32 cannot be"),
+        (["--replay.ratio", "2"], "such as 30 or 33"),
+        (["--replay.ratio", "7", "--replay.capacity", "639"], "replay.capacity = 639: less than one batch"),
+        (["--replay.ratio", "7", "--replay.recurrent_state", "recomputed"], "without network.lstm"),
+        (
+            ["--replay.ratio=7", "--lstm", "--replay.recurrent_state=recomputed", "--replay.burn_in=20"],
+            "replay.burn_in = 20: leaves nothing to train on; allowed is less than unroll_length = 20",
+        ),
+        (["--popart.min_sigma", "1e6"], "popart.min_sigma = 1000000.0: allowed is less than"),
         (
             ["--paramserver.hold_s", "30"],
             "paramserver.hold_s = 30.0: allowed is less than half of paramserver.seat_lease_s = 30.0",

@@ -100,7 +100,7 @@ def test_a_folder_called_services_where_the_user_is_does_not_pass_for_ours(tmp_p
     pod = subprocess.run(
         pod_command("paramserver", ["--help"]),
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(configuration.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(configuration.__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,
