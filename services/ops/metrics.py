@@ -60,10 +60,10 @@ class LearnerMetrics:
         _describe_process(registry, "learner")
         self.updates = Counter("impala_learner_updates", "Optimiser steps", registry=registry)
         self.samples = Counter(
-            "impala_learner_samples", "Agent steps trained on by this process", registry=registry
+            "impala_learner_samples", "Fresh agent steps trained on by this process", registry=registry
         )
         self.frames = Counter(
-            "impala_learner_frames", "Frames (agent steps x frame skip) trained on", registry=registry
+            "impala_learner_frames", "Fresh frames (agent steps x frame skip) trained on", registry=registry
         )
         self.received_bytes = Counter("impala_learner_received_bytes", "Bytes of rollouts", registry=registry)
         self.rollouts = Counter(
@@ -116,6 +116,27 @@ class LearnerMetrics:
         self.episode_length = Gauge(
             "impala_episode_length", "Mean agent steps of the latest episodes", ["task"], registry=registry
         )
+        self.human_normalised_score = Gauge(
+            "impala_human_normalised_score",
+            "Of that return, in percent from random to human, uncapped; only where both are known",
+            ["task"],
+            registry=registry,
+        )
+        self.suite_human_normalised_score = Gauge(
+            "impala_suite_human_normalised_score",
+            "Over several tasks: mean and median, of scores as they are and capped at 100 each",
+            ["statistic", "capped"],
+            registry=registry,
+        )
+        self.task_steps = Counter(
+            "impala_learner_task_steps", "Fresh agent steps trained on", ["task"], registry=registry
+        )
+        self.popart_mean = Gauge(
+            "impala_popart_mean", "PopArt's mu: mean of the value targets", ["task"], registry=registry
+        )
+        self.popart_sigma = Gauge(
+            "impala_popart_sigma", "PopArt's sigma: scale of the value targets", ["task"], registry=registry
+        )
         self.checkpoint_timestamp_seconds = Gauge(
             "impala_checkpoint_timestamp_seconds",
             "Unix time of the newest checkpoint; 0 without any",
@@ -137,6 +158,33 @@ class LearnerMetrics:
         _start_at_zero(self.rollouts, "ok", "stale", "invalid")
         _start_at_zero(self.invalid_rollouts, *INVALID_REASONS)
         _start_at_zero(self.stage_seconds, "wait", "h2d", "forward_backward", "publish")
+
+
+class ReplayMetrics:
+    """What a learner with replay counts besides; made on its registry, and only then, by ``__main__``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.samples = Counter(
+            "impala_learner_replayed_samples", "Agent steps trained on once more", registry=registry
+        )
+        self.rejected_ratio = Gauge(
+            "impala_learner_replay_rejected_ratio",
+            "Share of the trained steps that lie outside of the trust region",
+            registry=registry,
+        )
+        self.age_versions = Gauge(
+            "impala_learner_replay_age_versions",
+            "Mean versions between acting and replaying, in the last batch",
+            registry=registry,
+        )
+        self.steps = Gauge("impala_learner_replay_steps", "Agent steps held", registry=registry)
+        self.capacity = Gauge(
+            "impala_learner_replay_capacity", "Agent steps there is room for", registry=registry
+        )
+        self.size_bytes = Gauge("impala_learner_replay_bytes", "Memory they take", registry=registry)
+
+        for figure in (self.rejected_ratio, self.age_versions, self.capacity):
+            figure.set(math.nan)
 
 
 class ParamserverMetrics:
@@ -173,13 +221,60 @@ class ParamserverMetrics:
         _start_at_zero(self.refused_requests, *INVALID_REASONS, "relay", "stale", "internal")
 
 
-ROLES = {"actor": ActorMetrics, "learner": LearnerMetrics, "paramserver": ParamserverMetrics}
+class EvaluatorMetrics:
+    """What an evaluator found in its latest round: every task played with one version of the weights."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        _describe_process(registry, "evaluator")
+        self.episode_return = Gauge(
+            "impala_evaluator_return",
+            "Raw return of whole episodes: mean, median, std",
+            ["task", "statistic"],
+            registry=registry,
+        )
+        self.human_normalised_score = Gauge(
+            "impala_evaluator_human_normalised_score",
+            "Of the mean return, in percent from random to human, uncapped; only where both are known",
+            ["task"],
+            registry=registry,
+        )
+        self.suite_human_normalised_score = Gauge(
+            "impala_evaluator_suite_human_normalised_score",
+            "Over several tasks: mean and median, of scores as they are and capped at 100 each",
+            ["statistic", "capped"],
+            registry=registry,
+        )
+        self.episodes = Counter("impala_evaluator_episodes", "Whole episodes played", registry=registry)
+        self.rounds = Counter("impala_evaluator_rounds", "Rounds finished", registry=registry)
+        self.policy_version = Gauge(
+            "impala_evaluator_policy_version", "That played; -1 before the first round", registry=registry
+        )
+        self.steps = Gauge(
+            "impala_evaluator_steps", "Agent steps trained when that version was made", registry=registry
+        )
+        self.round_seconds = Gauge(
+            "impala_evaluator_round_seconds", "Duration of the latest round", registry=registry
+        )
+
+        self.policy_version.set(-1)
+        for figure in (self.steps, self.round_seconds):
+            figure.set(math.nan)
+
+
+ROLES = {
+    "actor": ActorMetrics,
+    "learner": LearnerMetrics,
+    "paramserver": ParamserverMetrics,
+    "evaluator": EvaluatorMetrics,
+}
 
 
 def metric_names(role: str) -> frozenset[str]:
     """Every name that a query against /metrics of ``role`` may use, with ``_total``, ``_bucket`` etc."""
     registry = CollectorRegistry()
     ROLES[role](registry)
+    if role == "learner":
+        ReplayMetrics(registry)
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
     return frozenset(
         family.name + suffix for family in registry.collect() for suffix in suffixes[family.type]

@@ -9,8 +9,10 @@ from services.ops.metrics import (
     INVALID_REASONS,
     ROLES,
     ActorMetrics,
+    EvaluatorMetrics,
     LearnerMetrics,
     ParamserverMetrics,
+    ReplayMetrics,
     metric_names,
 )
 from services.wire.codec import REASONS
@@ -26,14 +28,45 @@ def test_every_metric_of_ours_starts_with_impala_and_nothing_else_does_but_the_p
         assert name.startswith(("impala_", "process_")), name
 
 
+ONLY_WITH_EVENTS = {
+    "learner": {
+        *("impala_episode_return", "impala_episode_length", "impala_learner_task_steps_total"),
+        *("impala_human_normalised_score", "impala_suite_human_normalised_score"),
+        *("impala_popart_mean", "impala_popart_sigma"),
+    },
+    "evaluator": {
+        *("impala_evaluator_return", "impala_evaluator_human_normalised_score"),
+        "impala_evaluator_suite_human_normalised_score",
+    },
+}
+REPLAY = {
+    "impala_learner_replayed_samples_total",
+    "impala_learner_replay_rejected_ratio",
+    "impala_learner_replay_age_versions",
+    "impala_learner_replay_steps",
+    "impala_learner_replay_capacity",
+    "impala_learner_replay_bytes",
+}
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_metric_names_are_the_names_that_are_really_exposed(role: str) -> None:
     registry = CollectorRegistry()
     ROLES[role](registry)
+    if role == "learner":
+        ReplayMetrics(registry)
     exposed = {name for name in series(registry) if not name.endswith("_created")}
-    only_with_events = {"impala_episode_return", "impala_episode_length"}
+    assert metric_names(role) - exposed == ONLY_WITH_EVENTS.get(role, set())
     assert exposed <= metric_names(role)
-    assert metric_names(role) - exposed <= only_with_events
+
+
+def test_a_run_without_replay_has_no_series_of_replay() -> None:
+    plain, replaying = CollectorRegistry(), CollectorRegistry()
+    LearnerMetrics(plain)
+    LearnerMetrics(replaying)
+    ReplayMetrics(replaying)
+    assert {name for name in series(replaying) - series(plain) if not name.endswith("_created")} == REPLAY
+    assert metric_names("learner") >= REPLAY
 
 
 def test_the_documented_names_exist() -> None:
@@ -52,6 +85,14 @@ def test_the_documented_names_exist() -> None:
         "impala_total_steps",
     } <= metric_names("learner")
     assert {"impala_paramserver_pulls_total", "impala_paramserver_seats"} <= metric_names("paramserver")
+    assert {
+        "impala_evaluator_return",
+        "impala_evaluator_episodes_total",
+        "impala_evaluator_rounds_total",
+        "impala_evaluator_policy_version",
+        "impala_evaluator_steps",
+        "impala_evaluator_round_seconds",
+    } <= metric_names("evaluator")
 
 
 def test_two_registries_in_one_process_share_nothing() -> None:
@@ -97,10 +138,24 @@ def test_what_the_learner_has_not_reported_yet_is_not_a_number() -> None:
         assert math.isnan(registry.get_sample_value(f"impala_learner_{name}") or 0.0)
 
 
-def test_versions_start_below_the_first_one() -> None:
+def test_what_replay_and_the_evaluator_have_not_found_yet_is_not_a_number() -> None:
     registry = CollectorRegistry()
-    ParamserverMetrics(registry)
-    assert registry.get_sample_value("impala_paramserver_version") == -1
+    ReplayMetrics(registry)
+    EvaluatorMetrics(registry)
+    for name in (
+        *("learner_replay_rejected_ratio", "learner_replay_age_versions", "learner_replay_capacity"),
+        *("evaluator_steps", "evaluator_round_seconds"),
+    ):
+        assert math.isnan(registry.get_sample_value(f"impala_{name}") or 0.0), name
+    assert registry.get_sample_value("impala_learner_replay_steps") == 0  # nothing is held: that is known
+
+
+def test_versions_start_below_the_first_one() -> None:
+    server, evaluator = CollectorRegistry(), CollectorRegistry()
+    ParamserverMetrics(server)
+    EvaluatorMetrics(evaluator)
+    assert server.get_sample_value("impala_paramserver_version") == -1
+    assert evaluator.get_sample_value("impala_evaluator_policy_version") == -1
 
 
 def test_build_info_names_the_role() -> None:
