@@ -4,11 +4,14 @@ A message is a small msgpack header and then one raw buffer per array or payload
 the way out nor on the way in. Whatever arrives is checked before anything is allocated for it: a frame list
 that breaks a rule is a ``WireError`` with a countable reason, never another exception. Only ``unpack_into``
 runs a decompressor, and only into a buffer of the size that the run's schema fixed beforehand.
+
+``to_bytes`` joins a message's frames into one piece of memory, for whoever holds or stores many of them.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -71,6 +74,8 @@ class Expected:
     max_message_bytes: int
     schema: Mapping[str, ArraySpec] | None = None
     """Of rollouts; who passes none accepts no rollouts."""
+    num_tasks: int = 1
+    """A rollout's task is below it."""
     max_episodes: int = 65_536
     """That may end in one rollout."""
 
@@ -171,6 +176,13 @@ def encode(message: Message) -> list[Buffer]:
             return _frames("refusal", [message.reason, message.text])
 
 
+def to_bytes(frames: Sequence[Buffer]) -> bytes:
+    """One message in one piece: how many frames, the length of each, and the frames."""
+    assert 1 <= len(frames) <= MAX_FRAMES
+    lengths = [memoryview(frame).nbytes for frame in frames]
+    return b"".join([struct.pack(f"<B{len(frames)}I", len(frames), *lengths), *frames])
+
+
 def _rollout_head(r: Rollout) -> list[Any]:
     return [r.run_id, r.actor_id, r.incarnation, r.sequence, r.policy_version, r.task]
 
@@ -259,6 +271,22 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
             raise WireError("malformed", f"message kind {kind!r:.80}")
 
 
+def from_bytes(data: Buffer) -> list[Buffer]:
+    """The frames that ``to_bytes`` joined, sharing the memory of ``data``; WireError if they are none."""
+    whole = memoryview(data).cast("B")
+    num_frames = whole[0] if whole.nbytes else 0
+    start = 1 + 4 * num_frames
+    if not 1 <= num_frames <= MAX_FRAMES or whole.nbytes < start:
+        raise WireError("malformed", f"{whole.nbytes} bytes that do not begin with the lengths of frames")
+    frames: list[Buffer] = []
+    for length in struct.unpack_from(f"<{num_frames}I", whole, 1):
+        frames.append(whole[start : start + length])
+        start += length
+    if start != whole.nbytes:
+        raise WireError("malformed", f"{whole.nbytes} bytes where frames of {start} were announced")
+    return frames
+
+
 def _open_header(frame: Buffer) -> tuple[str, list[Any]]:
     if memoryview(frame).nbytes > MAX_HEADER_BYTES:
         raise WireError(
@@ -290,6 +318,8 @@ def _rollout(fields: list[Any], buffers: list[memoryview], expected: Expected) -
     if expected.schema is None:
         raise WireError("malformed", "a rollout where none is accepted")
     run_id, actor_id, incarnation, sequence, policy_version, task, episodes, arrays = _take(fields, 8)
+    if not _integer(task) < expected.num_tasks:
+        raise WireError("schema", f"task {task}; allowed is less than {expected.num_tasks}")
     if not isinstance(arrays, list) or len(arrays) != len(expected.schema) or len(buffers) != len(arrays):
         raise WireError("schema", f"{len(buffers)} arrays; allowed are {', '.join(expected.schema)}")
     packed: dict[str, PackedArray] = {}
@@ -309,7 +339,7 @@ def _rollout(fields: list[Any], buffers: list[memoryview], expected: Expected) -
         incarnation=_integer(incarnation),
         sequence=_integer(sequence, high=MAX_COUNT),
         policy_version=_integer(policy_version, high=MAX_COUNT),
-        task=_integer(task, high=2**31),
+        task=task,
         episodes=tuple(_episode(e) for e in _list(episodes, longest=expected.max_episodes)),
         arrays=packed,
     )

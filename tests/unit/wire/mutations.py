@@ -3,7 +3,7 @@
 import msgpack
 import numpy as np
 
-from services.wire.codec import encode
+from services.wire.codec import encode, to_bytes
 from tests.unit.wire.samples import LIMIT, messages
 
 NASTY: list[object] = [
@@ -61,6 +61,18 @@ class Mutator:
                 frames = [self._noise(64)]
             self._changes[self._below(len(self._changes))](frames)
         return frames
+
+    def draw_joined(self) -> bytes:
+        """One message in one piece, damaged; every other time where the lengths of its frames stand."""
+        frames = self._valid[self._below(len(self._valid))]
+        joined = [to_bytes(frames)]
+        if self._below(2):
+            start = bytearray(joined[0])
+            start[self._below(1 + 4 * len(frames))] = self._below(256)
+            joined = [bytes(start)]
+        else:
+            [self._flip, self._truncate, self._grow][self._below(3)](joined)
+        return joined[0]
 
     def _below(self, end: int) -> int:
         return int(self._rng.integers(end))

@@ -29,7 +29,8 @@ SCHEMA = {
     "behaviour_logits": ArraySpec(dtype="float32", shape=(T, ACTIONS)),
 }
 LIMIT = 64 * 1024
-EXPECTED = Expected(run_id="run", max_message_bytes=LIMIT, schema=SCHEMA)
+NUM_TASKS = 57
+EXPECTED = Expected(run_id="run", max_message_bytes=LIMIT, schema=SCHEMA, num_tasks=NUM_TASKS)
 CLIENT = Client(client_id="actor-0", incarnation=2**62, seat=3)
 
 
@@ -53,7 +54,7 @@ def rollout(packer: Packer | None = None, **replaced: np.ndarray) -> Rollout:
         incarnation=17,
         sequence=4,
         policy_version=9,
-        task=2**31 - 1,
+        task=NUM_TASKS - 1,
         episodes=(Episode(episode_return=-21.0, length=900), Episode(episode_return=0.5, length=0)),
         arrays={name: packer.pack(array) for name, array in (arrays() | replaced).items()},
     )

@@ -22,7 +22,9 @@ from services.wire.codec import (
     WireError,
     decode,
     encode,
+    from_bytes,
     size_bytes,
+    to_bytes,
     view,
 )
 from services.wire.messages import (
@@ -43,6 +45,7 @@ from tests.unit.wire.samples import (
     CLIENT,
     EXPECTED,
     LIMIT,
+    NUM_TASKS,
     SCHEMA,
     T,
     arrays,
@@ -149,8 +152,119 @@ def test_an_array_without_elements_travels() -> None:
     assert unpacked(cross(message, expected))["x"].shape == (0, 3)
 
 
+def recurrent_schema(T: int, F: int) -> dict[str, ArraySpec]:
+    """What an unroll of a recurrent policy brings that also reads an instruction."""
+    return {
+        "observation": ArraySpec(dtype="uint8", shape=(F, 8, 8, 3)),
+        "episode_start": ArraySpec(dtype="bool", shape=(F,)),
+        "action": ArraySpec(dtype="int32", shape=(T,), low=0, high=17),
+        "behaviour_logits": ArraySpec(dtype="float32", shape=(T, 18)),
+        "reward": ArraySpec(dtype="float32", shape=(T,)),
+        "terminated": ArraySpec(dtype="bool", shape=(T,)),
+        "initial_state": ArraySpec(dtype="float32", shape=(2, 256)),
+        "last_action": ArraySpec(dtype="int32", shape=(1,), low=0, high=17),
+        "last_reward": ArraySpec(dtype="float32", shape=(1,)),
+        "instruction": ArraySpec(dtype="int32", shape=(F, 16), low=0, high=999),
+    }
+
+
+def test_the_arrays_of_a_recurrent_policy_with_instructions_arrive_to_the_bit() -> None:
+    rng = np.random.default_rng(2)
+    expected = replace(EXPECTED, schema=recurrent_schema(T=5, F=9))
+    assert expected.schema is not None
+    sent = {
+        name: rng.random(spec.shape, np.float32)
+        if spec.dtype == "float32"
+        else rng.integers(0, (spec.high or 1) + 1, spec.shape).astype(spec.dtype)
+        for name, spec in expected.schema.items()
+    }
+    packer = Packer("zstd")
+    message = replace(rollout(), arrays={name: packer.pack(array) for name, array in sent.items()})
+    for frames in (carry(encode(message)), from_bytes(to_bytes(encode(message)))):
+        received = unpacked(decode(frames, expected))
+        for name, array in sent.items():
+            np.testing.assert_array_equal(received[name], array, strict=True)
+
+
+def test_a_rollout_that_lacks_the_state_of_a_recurrent_policy_is_refused() -> None:
+    with_state = {**SCHEMA, "initial_state": ArraySpec(dtype="float32", shape=(2, 256))}
+    error = refused(encode(rollout()), replace(EXPECTED, schema=with_state))
+    assert error.reason == "schema"
+    assert "initial_state" in str(error)
+
+
 def test_size_counts_the_bytes_of_all_frames() -> None:
     assert size_bytes([b"123", np.zeros(5, np.int32).data, bytearray(2)]) == 25
+
+
+# --- one message in one piece -----------------------------------------------------------------------------
+
+
+def test_one_piece_is_laid_out_as_in_files_that_exist() -> None:
+    lengths = [b"\x02\0\0\0", b"\0\0\0\0", b"\x01\0\0\0"]
+    assert to_bytes([b"ab", bytearray(b""), memoryview(b"c")]) == b"".join([b"\x03", *lengths, b"abc"])
+
+
+@pytest.mark.parametrize("message", messages(), ids=lambda m: type(m).__name__)
+def test_every_message_comes_out_of_one_piece_as_it_went_in(message: Message) -> None:
+    joined = to_bytes(carry(encode(message)))
+    assert type(joined) is bytes
+    assert decode(from_bytes(joined), EXPECTED) == message
+    assert decode(from_bytes(memoryview(bytearray(joined))), EXPECTED) == message
+
+
+@pytest.mark.parametrize("misalignment", range(4))
+def test_arrays_come_out_of_one_piece_to_the_bit_wherever_they_lie_in_it(misalignment: int) -> None:
+    arrived = rollout(Packer("none"))
+    arrived = replace(arrived, actor_id="a" * misalignment)
+    received = unpacked(decode(from_bytes(to_bytes(encode(arrived))), EXPECTED))
+    for name, array in arrays().items():
+        np.testing.assert_array_equal(received[name], array, strict=True)
+
+
+def test_one_piece_holds_as_many_frames_as_a_message_may_have() -> None:
+    for count in (1, MAX_FRAMES):
+        frames = [bytes([number]) * number for number in range(count)]
+        assert from_bytes(to_bytes(frames)) == frames
+    with pytest.raises(AssertionError):
+        to_bytes([b""] * (MAX_FRAMES + 1))
+
+
+def test_frames_are_sized_in_bytes_whatever_they_hold() -> None:
+    numbers = np.arange(3, dtype=np.int32)
+    assert from_bytes(to_bytes([b"head", numbers.data])) == [b"head", numbers.tobytes()]
+    assert from_bytes(memoryview(to_bytes([numbers.data])).cast("b")) == [numbers.tobytes()]
+
+
+def test_the_frames_share_the_memory_of_the_piece() -> None:
+    joined = bytearray(to_bytes([b"ab", b"cd"]))
+    _, last = from_bytes(joined)
+    joined[-1] = ord("x")
+    assert last == b"cx"
+
+
+WHOLE = to_bytes([b"header", b"", b"array"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(WHOLE[:length] for length in range(len(WHOLE))),
+        WHOLE + b"\0",
+        b"\0",
+        b"\0" * 100,
+        bytes([MAX_FRAMES + 1]) + bytes(4 * (MAX_FRAMES + 1)),
+        b"\x02" + b"\xff\xff\xff\xff" * 2,
+        b"\xff" * 2000,
+        WHOLE[:1] + b"\x07" + WHOLE[2:],
+        WHOLE[:1] + b"\x05" + WHOLE[2:],
+    ],
+)
+def test_what_is_not_a_message_in_one_piece_is_malformed(data: bytes) -> None:
+    assert from_bytes(WHOLE) == [b"header", b"", b"array"]
+    with pytest.raises(WireError) as caught:
+        from_bytes(data)
+    assert caught.value.reason == "malformed"
 
 
 # --- malformed --------------------------------------------------------------------------------------------
@@ -251,7 +365,7 @@ PUBLISH = Publish(run_id="run", sender=CLIENT, state="training", version=1, step
         (WEIGHTS, (5, 0), -1, -2),
         (PUBLISH, (3,), 0, -1),
         (PUBLISH, (4,), 0, -1),
-        (rollout(), (5,), 2**31 - 1, 2**31),
+        (rollout(), (5,), 0, -1),
         (rollout(), (6,), [], [[1.0, 2], [3.0]]),
         (rollout(), (6, 0, 1), 0, -1),
         (rollout(), (6,), [[1.0, 1]] * 65_536, [[1.0, 1]] * 65_537),
@@ -391,6 +505,18 @@ def test_a_dtype_that_may_not_travel_is_refused_even_if_the_schema_names_it() ->
         rollout(), arrays={"x": PackedArray(dtype="complex64", shape=(1,), codec="none", data=bytes(8))}
     )
     assert refused(encode(message), expected).reason == "schema"
+
+
+def test_a_task_that_the_run_does_not_have_is_refused_and_named() -> None:
+    cross(replace(rollout(), task=NUM_TASKS - 1))
+    error = refused(encode(replace(rollout(), task=NUM_TASKS)))
+    assert (error.reason, str(error)) == ("schema", "schema: task 57; allowed is less than 57")
+
+
+def test_a_run_has_one_task_unless_it_says_otherwise() -> None:
+    expected = Expected(run_id="run", max_message_bytes=LIMIT, schema=SCHEMA)
+    cross(replace(rollout(), task=0), expected)
+    assert refused(encode(replace(rollout(), task=1)), expected).reason == "schema"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

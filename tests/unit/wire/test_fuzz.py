@@ -8,7 +8,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from services.wire.codec import REASONS, Unpacker, WireError, decode
+from services.wire.codec import REASONS, Unpacker, WireError, decode, from_bytes, to_bytes
 from services.wire.messages import PROTOCOL_VERSION, Rollout
 from tests.unit.wire.mutations import NASTY, Mutator
 from tests.unit.wire.samples import EXPECTED, SCHEMA
@@ -56,6 +56,33 @@ def test_only_wire_errors_come_out_in_bounded_time_and_memory() -> None:
     assert min(outcomes.values()) > 50, outcomes
 
 
+def test_only_wire_errors_come_out_of_a_damaged_message_in_one_piece() -> None:
+    mutator, unpacker = Mutator(seed=21), Unpacker()
+    targets = {name: np.empty(spec.shape, spec.dtype) for name, spec in SCHEMA.items()}
+    outcomes = {"not in one piece": 0, "refused": 0, "accepted": 0}
+    before = resident_bytes()
+    for _ in range(ROUNDS // 4):
+        data = mutator.draw_joined()
+        try:
+            frames = from_bytes(data)
+        except WireError:
+            outcomes["not in one piece"] += 1
+            continue
+        assert to_bytes(frames) == data  # whatever is accepted is read as it stands there, to the last byte
+        try:
+            message = decode(frames, EXPECTED)
+            if isinstance(message, Rollout):
+                for name, packed in message.arrays.items():
+                    unpacker.unpack_into(packed, targets[name])
+                check_rollout(targets)
+        except WireError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["accepted"] += 1
+    assert resident_bytes() - before < 32 * MEBIBYTE
+    assert min(outcomes.values()) > 500, outcomes
+
+
 def check_rollout(arrays: dict[str, np.ndarray]) -> None:
     """What the trainer relies on, for the rollouts that damage has left acceptable."""
     assert np.isfinite(arrays["behaviour_logits"]).all()
@@ -72,6 +99,8 @@ def test_pure_noise_is_refused(seed: int) -> None:
         frames = [rng.bytes(int(rng.integers(200))) for _ in range(rng.integers(0, 5))]
         with pytest.raises(WireError):
             decode(frames, EXPECTED)
+        with pytest.raises(WireError):
+            decode(from_bytes(rng.bytes(int(rng.integers(200)))), EXPECTED)
 
 
 def test_a_header_that_announces_more_than_it_holds_costs_neither_time_nor_memory() -> None:
