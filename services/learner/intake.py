@@ -84,7 +84,7 @@ class Intake:
         expected: codec.Expected,
         queue: RolloutQueue,
         freshness: Freshness,
-        on_episode: Callable[[Episode], None],
+        on_episode: Callable[[int, Episode], None],
         count_gaps: bool,
         metrics: LearnerMetrics,
         stopping: threading.Event,
@@ -120,7 +120,7 @@ class Intake:
         if self._sequences is not None:
             self._metrics.sequence_gaps.inc(self._sequences.gap(rollout))
         for episode in rollout.episodes:
-            self._on_episode(episode)
+            self._on_episode(rollout.task, episode)
         if self._freshness.stale(rollout):
             self._metrics.rollouts.labels("stale").inc()
             return

@@ -1,75 +1,44 @@
 """What a run says about itself: Prometheus gauges, one JSON line per interval, TensorBoard events.
 
-Steps are agent steps; frames are steps x frame_skip. Returns are raw and of whole episodes. Files grow by
-whole lines and whole events or not at all: a disk that is full for a while costs these lines and no others,
-and never holds up the training.
+Steps are agent steps; frames are steps x frame_skip. Returns are raw and of whole episodes; of several tasks,
+the mean over those that have had an episode, each of which counts alike. Files grow by whole lines and whole
+events or not at all: a disk that is full for a while costs these lines and no others, and never holds up the
+training.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import socket
-import struct
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+from prometheus_client import Gauge
 
+from services.learner.episodes import Episodes, TaskEpisodes, mean, suite_summary
+from services.learner.event_file import append, event, event_file_name, file_header
 from services.learner.trainer import Figures
 from services.ops.logging import get_logger
-from services.ops.metrics import LearnerMetrics
-from services.wire.messages import Episode
+from services.ops.metrics import LearnerMetrics, ReplayMetrics
 
-RECENT_EPISODES = 100
+Value = float | int | None
+
+ONLY_TASK = ("human_normalised", "popart_mean", "popart_sigma")
+"""What the line says of an only task, beside its episodes; of several, ``tasks`` says it for each."""
+
+LOSS_TERMS = ("total", "policy", "baseline", "entropy")
+
+SUITE_LABELS: Mapping[str, tuple[str, str]] = {
+    "mean": ("mean", "false"),
+    "median": ("median", "false"),
+    "mean_capped": ("mean", "true"),
+    "median_capped": ("median", "true"),
+}
+"""Of a suite's scores in Prometheus: (statistic, capped), by their names in ``rl.scores.Summary``."""
 
 _log = get_logger("report")
-
-
-class Episodes:
-    """Episodes as they arrive with the rollouts. Written by the intake's thread, read by the reporter."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._recent: deque[Episode] = deque(maxlen=RECENT_EPISODES)
-        self._since_report: list[Episode] = []
-        self._total = 0
-
-    def add(self, episode: Episode) -> None:
-        """One more."""
-        with self._lock:
-            self._recent.append(episode)
-            self._since_report.append(episode)
-            self._total += 1
-
-    def take(self) -> tuple[list[Episode], list[Episode], int]:
-        """(the most recent ones, those since the last call, how many there were in all)."""
-        with self._lock:
-            new, self._since_report = self._since_report, []
-            return list(self._recent), new, self._total
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        with self._lock:
-            return {
-                "recent": [[e.episode_return, e.length] for e in self._recent],
-                "total": self._total,
-                "mean_return": _mean([e.episode_return for e in self._recent]),
-            }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        with self._lock:
-            self._recent.extend(Episode(episode_return=r, length=n) for r, n in state["recent"])
-            self._total = state["total"]
 
 
 class Reporter:
@@ -79,22 +48,27 @@ class Reporter:
         self,
         *,
         run_dir: Path,
-        task: str,
+        tasks: Sequence[str],
         frame_skip: int,
         metrics: LearnerMetrics,
+        replay_metrics: ReplayMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``tasks`` are their names."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lines = run_dir / "metrics.jsonl"
-        self._events = run_dir / "tensorboard" / _event_file_name()
-        self._task = task
+        self._events = run_dir / "tensorboard" / event_file_name()
+        self._tasks = tuple(tasks)
         self._frame_skip = frame_skip
         self._metrics = metrics
+        self._replay_metrics = replay_metrics
         self._clock = clock
         self._since_s = clock()
         self._steps_before: int | None = None
         self._lags: list[int] = []
         self._waited_s = 0.0
+        for task in self._tasks:  # there from the start, so that a task that is never played is seen
+            metrics.task_steps.labels(task)
 
     def waited(self, seconds: float) -> None:
         """The learner waited for a batch."""
@@ -112,20 +86,22 @@ class Reporter:
         now_s = self._clock()
         seconds = max(now_s - self._since_s, 1e-9)
         new_steps = steps - (steps if self._steps_before is None else self._steps_before)
-        recent, new, total = episodes.take()
-        line: dict[str, float | int | None] = {
+        episodes.trained(figures.task_steps)
+        tasks = episodes.take()
+        new = [task.new for task in tasks]
+        line: dict[str, Value] = {
             "time": round(time.time(), 3),
             "steps": steps,
             "frames": steps * self._frame_skip,
             "version": version,
             "steps_per_second": new_steps / seconds,
-            "episodes": total,
-            "episode_return": _mean([e.episode_return for e in recent]),
-            "episode_length": _mean([e.length for e in recent]),
-            "interval_episodes": len(new),
-            "interval_return": _mean([e.episode_return for e in new]),
-            "interval_return_max": max((e.episode_return for e in new), default=None),
-            "policy_lag_mean": _mean(self._lags),
+            "episodes": sum(task.total for task in tasks),
+            "episode_return": mean([task.mean_return for task in tasks]),
+            "episode_length": mean([task.mean_length for task in tasks]),
+            "interval_episodes": sum(map(len, new)),
+            "interval_return": mean([mean([e.episode_return for e in ended]) for ended in new]),
+            "interval_return_max": max((e.episode_return for ended in new for e in ended), default=None),
+            "policy_lag_mean": mean(self._lags),
             "policy_lag_max": max(self._lags, default=None),
             "wait_ratio": self._waited_s / seconds,
             "learning_rate": learning_rate,
@@ -138,78 +114,100 @@ class Reporter:
             "rho_clipped_ratio": figures.rho_clipped_ratio,
             "nonfinite_updates": figures.nonfinite_updates,
         }
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in line.items()
+        if self._replay_metrics is not None:
+            line["replay_rejected_ratio"] = figures.replay_rejected_ratio
+        by_task = {
+            name: _finite(_of_task(task) | _popart(figures, number))
+            for number, (name, task) in enumerate(zip(self._tasks, tasks, strict=True))
         }
+        if len(tasks) == 1:
+            (only,) = by_task.values()
+            line |= {key: only[key] for key in ONLY_TASK if key in only}
+        line = _finite(line | _of_suite(tasks))
         self._since_s, self._steps_before, self._lags, self._waited_s = now_s, steps, [], 0.0
-        self._to_prometheus(line)
+        self._to_prometheus(line, by_task, figures.task_steps)
         try:
-            _append(self._lines, json.dumps(line, allow_nan=False).encode() + b"\n")
-            _append(self._events, _event(line), header=_record(Event(file_version="brain.Event:2")))
+            self._write(line, by_task if len(by_task) > 1 else {})
         except OSError as error:  # a full disk must not end the training
             _log.warning("report_not_written", error=error)
 
-    def _to_prometheus(self, line: Mapping[str, float | int | None]) -> None:
-        gauges = {
-            self._metrics.loss.labels("total"): "loss_total",
-            self._metrics.loss.labels("policy"): "loss_policy",
-            self._metrics.loss.labels("baseline"): "loss_baseline",
-            self._metrics.loss.labels("entropy"): "loss_entropy",
-            self._metrics.entropy: "entropy",
-            self._metrics.grad_norm: "grad_norm",
-            self._metrics.rho_clipped_ratio: "rho_clipped_ratio",
-            self._metrics.learning_rate: "learning_rate",
+    def _to_prometheus(
+        self, line: Mapping[str, Value], by_task: Mapping[str, Mapping[str, Value]], task_steps: Sequence[int]
+    ) -> None:
+        """A gauge keeps its last value where there is no new one, and has no series before its first."""
+        metrics = self._metrics
+        per_task = {
+            "episode_return": metrics.episode_return,
+            "episode_length": metrics.episode_length,
+            "human_normalised": metrics.human_normalised_score,
+            "popart_mean": metrics.popart_mean,
+            "popart_sigma": metrics.popart_sigma,
         }
-        if line["episode_return"] is not None:
-            gauges[self._metrics.episode_return.labels(self._task)] = "episode_return"
-            gauges[self._metrics.episode_length.labels(self._task)] = "episode_length"
-        for gauge, key in gauges.items():
-            value = line[key]
+        found: list[tuple[Gauge, tuple[str, ...], Value]] = [
+            *((metrics.loss, (term,), line[f"loss_{term}"]) for term in LOSS_TERMS),
+            (metrics.entropy, (), line["entropy"]),
+            (metrics.grad_norm, (), line["grad_norm"]),
+            (metrics.rho_clipped_ratio, (), line["rho_clipped_ratio"]),
+            (metrics.learning_rate, (), line["learning_rate"]),
+            *(
+                (gauge, (task,), values.get(key))
+                for task, values in by_task.items()
+                for key, gauge in per_task.items()
+            ),
+            *(
+                (metrics.suite_human_normalised_score, labels, line.get(f"human_normalised_{statistic}"))
+                for statistic, labels in SUITE_LABELS.items()
+            ),
+        ]
+        if self._replay_metrics is not None:
+            found.append((self._replay_metrics.rejected_ratio, (), line["replay_rejected_ratio"]))
+        for gauge, labels, value in found:
             if value is not None:
-                gauge.set(value)
-        self._metrics.nonfinite_updates.inc(line["nonfinite_updates"] or 0)
+                (gauge.labels(*labels) if labels else gauge).set(value)
+        metrics.nonfinite_updates.inc(line["nonfinite_updates"] or 0)
+        for task, steps in zip(self._tasks, task_steps, strict=True):
+            metrics.task_steps.labels(task).inc(steps)
+
+    def _write(self, line: Mapping[str, Value], by_task: Mapping[str, Mapping[str, Value]]) -> None:
+        """``by_task`` is empty where there is only one."""
+        content = {**line, "tasks": by_task} if by_task else line
+        append(self._lines, json.dumps(content, allow_nan=False).encode() + b"\n")
+        tagged = {key: value for key, value in line.items() if key not in ("time", "steps")}
+        for task, values in by_task.items():
+            tagged |= {f"task/{task}/{key}": value for key, value in values.items()}
+        known = {tag: value for tag, value in tagged.items() if value is not None}
+        append(self._events, event(line["time"] or 0.0, int(line["steps"] or 0), known), header=file_header())
 
 
-def _mean(values: list[float] | list[int]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _of_task(task: TaskEpisodes) -> dict[str, Value]:
+    """One task's figures; a human-normalised score only where there is such a thing."""
+    values: dict[str, Value] = {
+        "episode_return": task.mean_return,
+        "episode_length": task.mean_length,
+        "episodes": task.total,
+        "steps": task.steps,
+    }
+    return values | ({"human_normalised": task.human_normalised} if task.has_score else {})
 
 
-def _append(path: Path, data: bytes, header: bytes = b"") -> None:
-    """Add ``data`` to the file, in a new one after ``header``; or, with an OSError, nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        data = data if end else header + data
-        written = 0
-        try:
-            written = file.write(data)
-        finally:
-            if written < len(data):
-                file.truncate(end)
-        if written < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _popart(figures: Figures, task: int) -> dict[str, Value]:
+    """One task's statistics, if there are any."""
+    if not figures.popart_mean:
+        return {}
+    return {"popart_mean": figures.popart_mean[task], "popart_sigma": figures.popart_sigma[task]}
 
 
-def _event_file_name() -> str:
-    """As TensorBoard looks for it; another one for every life of the learner."""
-    return f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+def _of_suite(tasks: Sequence[TaskEpisodes]) -> dict[str, Value]:
+    """Scores over several tasks that all have one; unknown until each has ended an episode."""
+    if len(tasks) == 1 or not all(task.has_score for task in tasks):
+        return {}
+    summary = suite_summary(tasks)
+    values: Mapping[str, Value] = asdict(summary) if summary else {}
+    return {f"human_normalised_{statistic}": values.get(statistic) for statistic in SUITE_LABELS}
 
 
-def _event(line: Mapping[str, float | int | None]) -> bytes:
-    values = [
-        Summary.Value(tag=key, simple_value=value)
-        for key, value in line.items()
-        if value is not None and key not in ("time", "steps")
-    ]
-    return _record(Event(wall_time=line["time"], step=line["steps"], summary=Summary(value=values)))
-
-
-def _record(event: Event) -> bytes:
-    """TensorBoard's framing. Not tensorboardX's writer: its thread dies of a full disk, and then its callers
-    wait for ever for room in its queue."""
-    data: bytes = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    return b"".join(
-        (length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data)))
-    )
+def _finite(values: Mapping[str, Value]) -> dict[str, Value]:
+    """JSON knows no others."""
+    return {
+        key: value if value is not None and math.isfinite(value) else None for key, value in values.items()
+    }

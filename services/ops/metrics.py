@@ -164,7 +164,7 @@ class ReplayMetrics:
     """What a learner with replay counts besides; made on its registry, and only then, by ``__main__``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.samples = Counter(
+        self.replayed_samples = Counter(
             "impala_learner_replayed_samples", "Agent steps trained on once more", registry=registry
         )
         self.rejected_ratio = Gauge(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import msgpack
@@ -18,6 +19,7 @@ from services.wire.sockets import RolloutReceiver
 from tests.unit.learner.rollouts import EXPECTED, RUN, Counts, rollout, sent, sequences
 
 DEADLINE_S = 10.0
+NUM_TASKS = 3
 
 
 class FakeReceiver:
@@ -61,7 +63,8 @@ class Scene:
         self.counts = Counts()
         self.receiver = FakeReceiver(messages)
         self.queue = SmallQueue(capacity)
-        self.episodes: list[Episode] = []
+        self.episodes: list[tuple[int, Episode]] = []
+        """With the task of each."""
         self.stopping = threading.Event()
         self.freshness = Freshness(lambda: self.version, max_policy_lag)
         self.intake = self.make(count_gaps=True)
@@ -69,10 +72,10 @@ class Scene:
     def make(self, *, count_gaps: bool) -> Intake:
         return Intake(
             receiver=cast(RolloutReceiver, self.receiver),
-            expected=EXPECTED,
+            expected=replace(EXPECTED, num_tasks=NUM_TASKS),
             queue=self.queue,
             freshness=self.freshness,
-            on_episode=self.episodes.append,
+            on_episode=lambda task, episode: self.episodes.append((task, episode)),
             count_gaps=count_gaps,
             metrics=self.counts.metrics,
             stopping=self.stopping,
@@ -166,7 +169,23 @@ def test_episodes_are_passed_on_in_their_order() -> None:
     scene = Scene()
     ended = [Episode(episode_return=-1.0, length=9), Episode(episode_return=2.5, length=1)]
     scene.intake.take_in(sent(rollout(0, episodes=ended)))
-    assert scene.episodes == ended
+    assert scene.episodes == [(0, ended[0]), (0, ended[1])]
+
+
+def test_episodes_are_passed_on_with_the_task_of_their_rollout() -> None:
+    scene = Scene()
+    ended = Episode(episode_return=1.0, length=9)
+    for task in (2, 0):
+        scene.intake.take_in(sent(replace(rollout(0, episodes=[ended]), task=task)))
+    assert scene.episodes == [(2, ended), (0, ended)]
+
+
+def test_episodes_of_a_task_that_the_run_does_not_have_go_nowhere() -> None:
+    scene = Scene()
+    ended = Episode(episode_return=1.0, length=9)
+    scene.intake.take_in(sent(replace(rollout(0, episodes=[ended]), task=NUM_TASKS)))
+    assert scene.counts("invalid_rollouts_total", reason="schema") == 1
+    assert (len(scene.queue), scene.episodes) == (0, [])
 
 
 def test_episodes_of_a_stale_rollout_still_count() -> None:
@@ -174,7 +193,7 @@ def test_episodes_of_a_stale_rollout_still_count() -> None:
     scene.version = 9
     ended = [Episode(episode_return=1.0, length=9)]
     scene.intake.take_in(sent(rollout(0, version=0, episodes=ended)))
-    assert (len(scene.queue), scene.episodes) == (0, ended)
+    assert (len(scene.queue), scene.episodes) == (0, [(0, ended[0])])
 
 
 # --- what is refused ------------------------------------------------------------------------------

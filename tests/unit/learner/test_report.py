@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from services.learner.report import RECENT_EPISODES, Episodes, Reporter
+from services.learner.episodes import Episodes
+from services.learner.report import Reporter
 from services.learner.trainer import Figures
+from services.ops.metrics import ReplayMetrics
 from services.wire.messages import Episode
 from tests.unit.learner.disk import full_disk
 from tests.unit.learner.rollouts import Counts
@@ -32,6 +35,10 @@ def figures(**changes: Any) -> Figures:
         "rho_clipped_ratio": 0.25,
         "grad_norm": 7.0,
         "nonfinite_updates": 0,
+        "replay_rejected_ratio": NAN,
+        "popart_mean": (),
+        "popart_sigma": (),
+        "task_steps": (640,),
     }
     return Figures(**values | changes)
 
@@ -45,22 +52,26 @@ NO_UPDATES = figures(
     entropy=NAN,
     rho_clipped_ratio=NAN,
     grad_norm=NAN,
+    task_steps=(0,),
 )
 
 
 class Scene:
     """A reporter whose clock only moves when it is told to."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(
+        self, run_dir: Path, task_ids: Mapping[str, str] = {"catch": "catch"}, *, replay: bool = False
+    ) -> None:
         self.now_s = 100.0
         self.run_dir = run_dir
         self.counts = Counts()
-        self.episodes = Episodes()
+        self.episodes = Episodes(list(task_ids.values()))
         self.reporter = Reporter(
             run_dir=run_dir,
-            task="catch",
+            tasks=list(task_ids),
             frame_skip=4,
             metrics=self.counts.metrics,
+            replay_metrics=ReplayMetrics(self.counts.registry) if replay else None,
             clock=lambda: self.now_s,
         )
 
@@ -146,10 +157,10 @@ def test_lag_and_waiting_are_those_of_the_interval(scene: Scene) -> None:
 
 def test_returns_are_recent_and_of_the_interval(scene: Scene) -> None:
     for episode_return in (1.0, 3.0):
-        scene.episodes.add(episode(episode_return))
+        scene.episodes.add(0, episode(episode_return))
     line = scene.report(640)
     assert (line["episodes"], line["episode_return"], line["interval_episodes"]) == (2, 2.0, 2)
-    scene.episodes.add(episode(8.0, length=40))
+    scene.episodes.add(0, episode(8.0, length=40))
     line = scene.report(1280)
     assert (line["episodes"], line["episode_return"], line["episode_length"]) == (3, 4.0, 20.0)
     assert (line["interval_episodes"], line["interval_return"], line["interval_return_max"]) == (1, 8.0, 8.0)
@@ -172,8 +183,8 @@ def test_no_figure_is_written_that_json_cannot_hold(scene: Scene, value: float) 
 
 
 def test_returns_whose_sum_overflows_are_no_figure(scene: Scene) -> None:
-    scene.episodes.add(episode(1.7e308))
-    scene.episodes.add(episode(1.7e308))
+    scene.episodes.add(0, episode(1.7e308))
+    scene.episodes.add(0, episode(1.7e308))
     assert scene.report(640)["episode_return"] is None
 
 
@@ -181,7 +192,7 @@ def test_returns_whose_sum_overflows_are_no_figure(scene: Scene) -> None:
 
 
 def test_gauges_are_set(scene: Scene) -> None:
-    scene.episodes.add(episode(3.0, length=12))
+    scene.episodes.add(0, episode(3.0, length=12))
     scene.report(640, figures=figures(nonfinite_updates=2))
     assert {term: scene.gauge("learner_loss", term=term) for term in ("total", "policy", "baseline")} == {
         "total": 4.0,
@@ -222,31 +233,159 @@ def test_tensorboard_finds_every_figure_at_its_step(scene: Scene) -> None:
         assert shown == pytest.approx(expected, rel=1e-6)
 
 
-# --- recent episodes over a restart ------------------------------------------------------------------
+# --- several tasks -----------------------------------------------------------------------------------
+
+GAMES = {"breakout": "ALE/Breakout-v5", "pong": "PongNoFrameskip-v4", "skiing": "ALE/Skiing-v5"}
+TASK_STEPS = (100, 20, 0)
 
 
-def test_only_the_latest_episodes_are_recent() -> None:
-    episodes = Episodes()
-    for number in range(RECENT_EPISODES + 1):
-        episodes.add(episode(float(number)))
-    recent, new, total = episodes.take()
-    assert [e.episode_return for e in recent] == [float(n) for n in range(1, RECENT_EPISODES + 1)]
-    assert (len(new), total) == (RECENT_EPISODES + 1, RECENT_EPISODES + 1)
+def several(run_dir: Path, task_ids: Mapping[str, str] = GAMES) -> Scene:
+    return Scene(run_dir, task_ids)
 
 
-def test_a_resumed_run_remembers_its_recent_episodes_and_their_number() -> None:
-    before, after = Episodes(), Episodes()
-    before.add(episode(2.0, length=5))
-    before.add(episode(4.0, length=7))
-    saved = json.loads(json.dumps(before.state_dict()))
-    assert saved["mean_return"] == 3.0
-    after.load_state_dict(saved)
-    recent, new, total = after.take()
-    assert (recent, new, total) == ([episode(2.0, 5), episode(4.0, 7)], [], 2)
+def test_a_task_counts_alike_however_many_episodes_it_ends(tmp_path: Path) -> None:
+    scene = several(tmp_path)
+    scene.episodes.add(0, episode(30.0, length=50))
+    for _ in range(9):
+        scene.episodes.add(1, episode(-10.0, length=20))
+    line = scene.report(640, figures=figures(task_steps=TASK_STEPS))
+    assert (line["episode_return"], line["episode_length"], line["interval_return"]) == (10.0, 35.0, 10.0)
+    assert (line["episodes"], line["interval_episodes"], line["interval_return_max"]) == (10, 10, 30.0)
+    scene.episodes.add(1, episode(-10.0, length=20))
+    line = scene.report(640, figures=figures(task_steps=TASK_STEPS))
+    assert (line["episode_return"], line["interval_return"], line["interval_episodes"]) == (10.0, -10.0, 1)
 
 
-def test_without_episodes_there_is_no_mean_to_save() -> None:
-    assert Episodes().state_dict() == {"recent": [], "total": 0, "mean_return": None}
+def test_a_line_says_how_each_task_goes(tmp_path: Path) -> None:
+    scene = several(tmp_path)
+    scene.episodes.add(0, episode(318.5, length=50))
+    scene.episodes.add(1, episode(-4.05, length=20))
+    scene.episodes.add(1, episode(-2.05, length=40))
+    scene.report(640, figures=figures(task_steps=TASK_STEPS))
+    line = scene.report(1280, figures=figures(task_steps=TASK_STEPS))
+    assert line["tasks"] == {
+        "breakout": {
+            "episode_return": 318.5,
+            "episode_length": 50.0,
+            "episodes": 1,
+            "steps": 200,
+            "human_normalised": pytest.approx(1100.0),
+        },
+        "pong": {
+            "episode_return": pytest.approx(-3.05),
+            "episode_length": 30.0,
+            "episodes": 2,
+            "steps": 40,
+            "human_normalised": pytest.approx(50.0),
+        },
+        "skiing": {
+            "episode_return": None,
+            "episode_length": None,
+            "episodes": 0,
+            "steps": 0,
+            "human_normalised": None,
+        },
+    }
+
+
+SUITE = ("mean", "median", "mean_capped", "median_capped")
+
+
+def suite(line: Mapping[str, Any]) -> list[float | None]:
+    return [line[f"human_normalised_{statistic}"] for statistic in SUITE]
+
+
+def test_a_suite_has_scores_once_all_of_its_tasks_have_one(tmp_path: Path) -> None:
+    scene = several(tmp_path)
+    scene.episodes.add(0, episode(318.5))  # 1100 %
+    scene.episodes.add(1, episode(-3.05))  # 50 %
+    assert suite(scene.report(640, figures=figures(task_steps=TASK_STEPS))) == [None] * 4
+    assert scene.gauge("suite_human_normalised_score", statistic="mean", capped="false") is None
+    scene.episodes.add(2, episode(-29859.3))  # -100 %
+    assert suite(scene.report(640, figures=figures(task_steps=TASK_STEPS))) == pytest.approx(
+        [350.0, 50.0, 50 / 3, 50.0]
+    )
+    assert {
+        (statistic, capped): scene.gauge("suite_human_normalised_score", statistic=statistic, capped=capped)
+        for statistic in ("mean", "median")
+        for capped in ("false", "true")
+    } == {
+        ("mean", "false"): pytest.approx(350.0),
+        ("median", "false"): pytest.approx(50.0),
+        ("mean", "true"): pytest.approx(50 / 3),
+        ("median", "true"): pytest.approx(50.0),
+    }
+
+
+def test_of_tasks_that_the_table_does_not_know_nothing_is_normalised(tmp_path: Path) -> None:
+    scene = several(tmp_path, {"catch": "catch", "pong": "pong"})
+    scene.episodes.add(0, episode(1.0))
+    scene.episodes.add(1, episode(14.6))
+    line = scene.report(640, figures=figures(task_steps=(1, 1)))
+    assert not [key for key in line if key.startswith("human_normalised")]
+    assert "human_normalised" not in line["tasks"]["catch"]
+    assert line["tasks"]["pong"]["human_normalised"] == pytest.approx(100.0)
+    assert scene.gauge("human_normalised_score", task="catch") is None
+    assert scene.gauge("human_normalised_score", task="pong") == pytest.approx(100.0)
+
+
+def test_every_task_has_its_gauges_and_its_counter(tmp_path: Path) -> None:
+    scene = several(tmp_path)
+    assert [scene.gauge("learner_task_steps_total", task=task) for task in GAMES] == [0, 0, 0]
+    scene.episodes.add(0, episode(318.5, length=50))
+    statistics = {"popart_mean": (1.0, 2.0, 3.0), "popart_sigma": (4.0, 5.0, 6.0)}
+    for _ in range(2):
+        scene.report(640, figures=figures(task_steps=TASK_STEPS, **statistics))
+    assert [scene.gauge("learner_task_steps_total", task=task) for task in GAMES] == [200, 40, 0]
+    assert [scene.gauge("popart_mean", task=task) for task in GAMES] == [1.0, 2.0, 3.0]
+    assert [scene.gauge("popart_sigma", task=task) for task in GAMES] == [4.0, 5.0, 6.0]
+    assert [scene.gauge("episode_return", task=task) for task in GAMES] == [318.5, None, None]
+    assert [scene.gauge("episode_length", task=task) for task in GAMES] == [50.0, None, None]
+    assert scene.gauge("human_normalised_score", task="breakout") == pytest.approx(1100.0)
+    assert scene.lines()[-1]["tasks"]["pong"]["popart_mean"] == 2.0
+    assert scene.lines()[-1]["tasks"]["skiing"]["popart_sigma"] == 6.0
+
+
+def test_tensorboard_finds_every_task(tmp_path: Path) -> None:
+    scene = several(tmp_path)
+    scene.episodes.add(1, episode(-3.05, length=30))
+    scene.report(640, figures=figures(task_steps=TASK_STEPS))
+    shown = {value.tag: value.simple_value for value in scene.events()[-1].summary.value}
+    assert shown["task/pong/episode_return"] == pytest.approx(-3.05)
+    assert shown["task/pong/human_normalised"] == pytest.approx(50.0, rel=1e-6)
+    assert shown["task/breakout/steps"] == 100
+    assert "task/breakout/episode_return" not in shown
+    assert "tasks" not in shown
+
+
+# --- what only some runs have ------------------------------------------------------------------------
+
+
+def test_a_single_game_has_a_score_beside_its_return(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, {"my pong": "pong"})
+    assert scene.report(640)["human_normalised"] is None
+    scene.episodes.add(0, episode(-3.05))
+    line = scene.report(640, figures=figures(popart_mean=(1.5,), popart_sigma=(2.5,)))
+    assert line["human_normalised"] == pytest.approx(50.0)
+    assert (line["popart_mean"], line["popart_sigma"]) == (1.5, 2.5)
+    assert not {"tasks", "human_normalised_mean"} & set(line)
+    assert scene.gauge("human_normalised_score", task="my pong") == pytest.approx(50.0)
+
+
+def test_a_plain_run_has_neither_keys_nor_series_of_what_it_does_not_use(scene: Scene) -> None:
+    scene.episodes.add(0, episode(1.0))
+    line = scene.report(640)
+    assert not [key for key in line if key.startswith(("human", "popart", "replay", "task"))]
+    series = {sample.name for family in scene.counts.registry.collect() for sample in family.samples}
+    assert not [name for name in series if "popart" in name or "replay" in name or "normalised" in name]
+    assert scene.gauge("learner_task_steps_total", task="catch") == 640
+
+
+def test_the_share_that_the_trust_region_rejects_is_reported(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, replay=True)
+    assert scene.report(0, figures=NO_UPDATES)["replay_rejected_ratio"] is None
+    assert scene.report(640, figures=figures(replay_rejected_ratio=0.25))["replay_rejected_ratio"] == 0.25
+    assert scene.gauge("learner_replay_rejected_ratio") == 0.25
 
 
 # --- a disk without room -----------------------------------------------------------------------------
