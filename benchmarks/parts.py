@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from benchmarks.options import Options, heading, median_seconds, row
 from services import config as configuration
-from services.actor.policy import Policy
 from services.config import RunConfig
 from services.learner.batch import Batch, rollout_schema
 from services.learner.group import Group
@@ -23,6 +22,7 @@ from services.rl import precision
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, env_spec, make_vector_env
 from services.rl.networks import make_network
+from services.rl.policy import Policy
 
 CPU = torch.device("cpu")
 HALF = 16
@@ -91,7 +91,8 @@ def inference_rate(config: RunConfig, spec: EnvSpec, dtype: torch.dtype) -> floa
         spec.observation_dtype
     )
     starts = np.zeros((HALF, spec.frame_stack), np.bool_)
-    return HALF / median_seconds(lambda: policy.act(frames, starts))
+    memory = policy.new_memory(HALF)
+    return HALF / median_seconds(lambda: policy.act(frames, starts, memory))
 
 
 def training_rate(config: RunConfig, spec: EnvSpec, dtype: torch.dtype) -> float:
@@ -124,4 +125,13 @@ def random_batch(config: RunConfig, spec: EnvSpec, actions: Discrete) -> Batch:
         else:
             values = rng.integers(0, 256 if array.high is None else array.high + 1, shape)
         arrays[name] = torch.from_numpy(values.astype(array.dtype))
-    return Batch(**arrays, policy_versions=(0,) * config.batch_size, release=lambda: None)
+    columns = config.batch_size
+    tensors: dict[str, Any] = arrays
+    return Batch(
+        **tensors,
+        task=torch.zeros(columns, dtype=torch.int64),
+        tasks=(0,) * columns,
+        policy_versions=(0,) * columns,
+        num_fresh=config.fresh_per_update,
+        release=lambda: None,
+    )

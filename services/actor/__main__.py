@@ -35,12 +35,12 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     import torch
 
     from services.actor.loop import ActorLoop, Half
-    from services.actor.policy import Policy, mismatch
     from services.actor.weights import WeightsClient
     from services.rl import precision
     from services.rl.actions import Discrete
-    from services.rl.envs import env_spec, make_vector_env
     from services.rl.networks import make_network
+    from services.rl.policy import Policy, mismatch
+    from services.rl.tasks import Deal, deal, tasks_of, tasks_spec
     from services.wire import codec
     from services.wire.messages import Client
     from services.wire.sockets import Requester, RolloutSender
@@ -48,9 +48,10 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     torch.set_num_threads(config.actor.inference_threads)
     torch.set_num_interop_threads(1)
     log = logging.get_logger("main")
-    spec = env_spec(config.env)
+    tasks = tasks_of(config)
+    spec = tasks_spec(tasks)
     actions = Discrete(spec.num_actions)
-    network = make_network(spec, config.network)
+    network = make_network(spec, config.network, len(tasks), config.popart)
 
     registry = CollectorRegistry()
     metrics = ActorMetrics(registry)
@@ -75,7 +76,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
         config.ops.liveness_timeout_s,
         weights.missing,
     )
-    log.info("started", actor_id=actor_id, env=config.env.id, port=health.port)
+    log.info("started", actor_id=actor_id, env=config.title, port=health.port)
     puller = lifecycle.thread("weights", weights.run)
 
     snapshot = None
@@ -93,14 +94,30 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
         policy.load(snapshot.version, snapshot.tensors)
         metrics.weights_version.set(snapshot.version)
 
-        def build(seed: int) -> Half:
-            env = make_vector_env(
-                config.env, config.actor.num_envs // 2, num_threads=config.actor.env_threads
+        def build(dealt: Deal, seed: int) -> Half:
+            env = dealt.make(tasks, spec.num_actions, config.actor.env_threads)
+            return Half(
+                env,
+                spec,
+                config.unroll_length,
+                actions.num_outputs,
+                seed,
+                tasks=dealt.tasks,
+                memory=policy.new_memory(env.num_envs),
+                reads_instructions=network.instructions is not None,
             )
-            return Half(env, spec, config.unroll_length, actions.num_outputs, seed)
 
-        halves = build_beside(lifecycle, heartbeat, build, env_seeds(config, weights.seat))
-        log.info("playing", seat=weights.seat, num_envs=config.actor.num_envs, policy_version=policy.version)
+        dealt = deal(weights.seat, config.actor.num_envs, len(tasks))
+        seeds = env_seeds(config, weights.seat)
+        builders = [partial(build, *each) for each in zip(dealt, seeds, strict=True)]
+        halves = build_beside(lifecycle, heartbeat, builders)
+        log.info(
+            "playing",
+            seat=weights.seat,
+            num_envs=config.actor.num_envs,
+            tasks=len({*dealt[0].tasks, *dealt[1].tasks}),
+            policy_version=policy.version,
+        )
         sender = RolloutSender(
             config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes
         )
@@ -135,9 +152,7 @@ def env_seeds(config: RunConfig, seat: int) -> tuple[int, int]:
     return first % 2**31, (first + config.actor.num_envs // 2) % 2**31
 
 
-def build_beside(
-    lifecycle: Lifecycle, heartbeat: Heartbeat, build: Callable[[int], T], seeds: Sequence[int]
-) -> list[T]:
+def build_beside(lifecycle: Lifecycle, heartbeat: Heartbeat, builders: Sequence[Callable[[], T]]) -> list[T]:
     """Build in a thread while this one beats: loading hundreds of emulators is neither being stuck nor deaf.
 
     When the pod is stopped meanwhile, what is there by then.
@@ -147,7 +162,7 @@ def build_beside(
 
     def work() -> None:
         try:
-            built.extend(map(build, seeds))
+            built.extend(build() for build in builders)
         except Exception as error:  # noqa: BLE001  (whatever it is, the main thread has the word for it)
             failures.append(error)
 

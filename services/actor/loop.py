@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.actor.policy import Policy
 from services.actor.weights import WeightsClient
 from services.ops.health import Heartbeat
 from services.ops.metrics import ActorMetrics
 from services.rl.envs import EnvSpec, Transition, VectorEnv
+from services.rl.policy import Memory, Policy
 from services.wire import codec
 from services.wire.messages import NO_VERSION, Client, Episode, PackedArray, Rollout
 from services.wire.sockets import RolloutSender
@@ -42,9 +42,22 @@ class Half:
     """Half of the environments, and the unroll that they are in."""
 
     def __init__(
-        self, env: VectorEnv, spec: EnvSpec, unroll_length: int, num_outputs: int, seed: int
+        self,
+        env: VectorEnv,
+        spec: EnvSpec,
+        unroll_length: int,
+        num_outputs: int,
+        seed: int,
+        *,
+        tasks: Sequence[int] | None = None,
+        memory: Memory | None = None,
+        reads_instructions: bool = False,
     ) -> None:
         self.env = env
+        self.tasks = tuple(tasks or [0] * env.num_envs)
+        """Of each environment."""
+        self._memory = memory
+        self._reads_instructions = reads_instructions
         self._spec = spec
         self._length = unroll_length
         self._num_outputs = num_outputs
@@ -56,6 +69,7 @@ class Half:
         self._allocate()
         self.observation[:, self._history] = env.reset(seed)
         self.episode_start[:, self._history] = True
+        self._begin_memory()
 
     def _allocate(self) -> None:
         # Fresh memory for every unroll: sent rollouts share it with the socket until they have left.
@@ -72,6 +86,21 @@ class Half:
         self.reward = np.empty((N, T), np.float32)
         self.terminated = np.empty((N, T), np.bool_)
         self.episodes: list[list[Episode]] = [[] for _ in range(N)]
+        self.instruction = np.zeros((N, T + 1, self._spec.instruction_length), np.int32)
+
+    def _begin_memory(self) -> None:
+        """What the network knows before the first observation of the unroll."""
+        if self._reads_instructions:
+            self._read_instructions(0)
+        if self._memory is not None:
+            self.initial_state = self._memory.state_2NH
+            self.last_action = self._memory.last_action_N
+            self.last_reward = self._memory.last_reward_N
+
+    def _read_instructions(self, t: int) -> None:
+        words = self.env.instructions()
+        assert words is not None, f"{self._spec.id} gives no instructions"
+        self.instruction[:, t] = words
 
     @property
     def full(self) -> bool:
@@ -84,6 +113,7 @@ class Half:
         self._allocate()
         self.observation[:, : self._history + 1] = observation[:, self._length :]
         self.episode_start[:, : self._history + 1] = episode_start[:, self._length :]
+        self._begin_memory()
 
     def act(self, policy: Policy) -> None:
         """Choose the actions for the newest observation and let the environments step."""
@@ -91,7 +121,10 @@ class Half:
             self.policy_version = policy.version
         assert policy.version == self.policy_version, "weights were exchanged inside an unroll"
         window = slice(self.t, self.t + self._history + 1)
-        actions, logits = policy.act(self.observation[:, window], self.episode_start[:, window])
+        instruction = self.instruction[:, self.t] if self._reads_instructions else None
+        actions, logits = policy.act(
+            self.observation[:, window], self.episode_start[:, window], self._memory, instruction
+        )
         self.action[:, self.t] = actions
         self.behaviour_logits[:, self.t] = logits
         self.env.send(actions)
@@ -102,6 +135,10 @@ class Half:
         self.reward[:, t] = transition.reward
         self.terminated[:, t] = transition.terminated
         self.observation[:, self._history + t + 1] = transition.observation
+        if self._reads_instructions:
+            self._read_instructions(t + 1)
+        if self._memory is not None:
+            self._memory.last_reward_N = transition.reward
         # After the end of an episode comes a transition that nobody acted: it brings the reset observation.
         acted = ~self._episode_over
         self.episode_start[:, self._history + t + 1] = self._episode_over
@@ -120,7 +157,7 @@ class Half:
 
     def pack(self, n: int, packer: codec.Packer) -> dict[str, PackedArray]:
         """The arrays of environment ``n``'s rollout: what ``learner/batch.py`` lets in."""
-        return {
+        arrays = {
             "observation": packer.pack(self.observation[n]),
             "episode_start": packer.pack(self.episode_start[n]),
             "action": packer.pack(self.action[n]),
@@ -128,6 +165,13 @@ class Half:
             "reward": packer.pack(self.reward[n]),
             "terminated": packer.pack(self.terminated[n]),
         }
+        if self._memory is not None:
+            arrays["initial_state"] = packer.pack(self.initial_state[:, n])
+            arrays["last_action"] = packer.pack(self.last_action[n : n + 1])
+            arrays["last_reward"] = packer.pack(self.last_reward[n : n + 1])
+        if self._reads_instructions:
+            arrays["instruction"] = packer.pack(self.instruction[n])
+        return arrays
 
 
 class ActorLoop:
@@ -227,7 +271,7 @@ class ActorLoop:
             incarnation=self._client.incarnation,
             sequence=sequence,
             policy_version=half.policy_version,  # the policy may hold newer weights by now
-            task=0,
+            task=half.tasks[n],
             episodes=tuple(half.episodes[n]),
             arrays=half.pack(n, self._packer),
         )

@@ -205,8 +205,8 @@ class LearnerConfig(Section):
     precision: Precision = "auto"
     """Of the network's forward and backward pass; losses and the optimiser are always float32."""
     queue_capacity: PositiveInt | None = None
-    """Rollouts that may wait, still compressed; null is two batches. When it is full the learner stops
-    reading and the actors wait: a longer queue only makes the rollouts older."""
+    """Rollouts that may wait, still compressed; null is the fresh ones of two batches. When it is full the
+    learner stops reading and the actors wait: a longer queue only makes the rollouts older."""
     max_policy_lag: PositiveInt | None = None
     """Rollouts more than this many versions behind the learner are dropped and counted; null is 20, or twice
     what the fleet has in flight if that is more: actors x num_envs / (batch_size x learners)."""
@@ -343,7 +343,7 @@ class RunConfig(Section):
     @property
     def queue_capacity(self) -> int:
         """Rollouts that may wait in a learner."""
-        return self.learner.queue_capacity or 2 * self.batch_size
+        return self.learner.queue_capacity or 2 * self.fresh_per_update
 
     @property
     def batches_in_flight(self) -> int:
@@ -366,10 +366,10 @@ class RunConfig(Section):
                 f"popart.min_sigma = {self.popart.min_sigma}: allowed is less than popart.max_sigma = "
                 f"{self.popart.max_sigma}"
             )
-        if self.queue_capacity < self.batch_size:
+        if self.queue_capacity < self.fresh_per_update:
             raise ValueError(
-                f"learner.queue_capacity = {self.queue_capacity}: a batch of batch_size = "
-                f"{self.batch_size} rollouts can never fill; allowed is at least batch_size"
+                f"learner.queue_capacity = {self.queue_capacity}: a batch with {self.fresh_per_update} fresh "
+                f"rollouts can never fill; allowed is at least batch_size / (1 + replay.ratio)"
             )
         if self.total_steps < self.steps_per_update:
             raise ValueError(

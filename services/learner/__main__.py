@@ -16,7 +16,7 @@ from services.config import RunConfig
 from services.ops import logging, pod
 from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
-from services.ops.metrics import LearnerMetrics
+from services.ops.metrics import LearnerMetrics, ReplayMetrics
 from services.ops.threads import limit_threads
 
 if TYPE_CHECKING:  # torch only after the threads are limited
@@ -24,8 +24,10 @@ if TYPE_CHECKING:  # torch only after the threads are limited
     from torch import nn
 
     from services.learner.checkpoint import Checkpoint
-    from services.learner.report import Episodes
+    from services.learner.replay import Replay
+    from services.learner.episodes import Episodes
     from services.learner.trainer import Trainer
+    from services.wire import codec
     from services.wire.messages import ArraySpec, Weights
 
 STOP_S = 2.0
@@ -49,12 +51,13 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     from services.learner.intake import Freshness, Intake, RolloutQueue
     from services.learner.loop import LearnerLoop
     from services.learner.publisher import Publisher, WeightsCopier
-    from services.learner.report import Episodes, Reporter
+    from services.learner.episodes import Episodes
+    from services.learner.report import Reporter
     from services.learner.trainer import Trainer, TrainingDivergedError
     from services.rl import precision
     from services.rl.actions import Discrete
-    from services.rl.envs import env_spec
     from services.rl.networks import make_network
+    from services.rl.tasks import tasks_of, tasks_spec
     from services.wire import codec
     from services.wire.messages import Client, RunState
     from services.wire.sockets import Requester, RolloutReceiver
@@ -63,12 +66,13 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     torch.set_num_threads(config.learner.num_threads)
     torch.manual_seed(config.seed)
     device = resolve_device(config.learner.device)
-    spec = env_spec(config.env)
+    tasks = tasks_of(config)
+    spec = tasks_spec(tasks)
     actions = Discrete(spec.num_actions)
-    schema = rollout_schema(spec, actions, config.unroll_length)
+    schema = rollout_schema(spec, actions, config.unroll_length, config.network)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams and events mean the current device
-    network = make_network(spec, config.network)
+    network = make_network(spec, config.network, len(tasks), config.popart)
     refuse_impossible_sizes(config, schema, network)
     group = Group()
     trainer = Trainer(
@@ -88,7 +92,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     metrics.queue_capacity.set(config.queue_capacity)
     metrics.total_steps.set(config.total_steps)
     heartbeat = Heartbeat()
-    episodes = Episodes()
+    episodes = Episodes([task.env.id for task in tasks])
 
     checkpoints = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, metrics)
     restored = checkpoints.latest(partial(restore, config, trainer, episodes))
@@ -123,14 +127,16 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     # What is more than twice too large, libzmq refuses before it allocates; what is less, we count.
     most_bytes = message_bytes(schema)
     receiver = RolloutReceiver(config.wire.learner_bind, config.wire.receive_queue, 2 * most_bytes)
+    rollouts = codec.Expected(
+        run_id=config.run_id,
+        max_message_bytes=most_bytes,
+        schema=schema,
+        max_episodes=config.unroll_length,
+        num_tasks=len(tasks),
+    )
     intake = Intake(
         receiver=receiver,
-        expected=codec.Expected(
-            run_id=config.run_id,
-            max_message_bytes=most_bytes,
-            schema=schema,
-            max_episodes=config.unroll_length,
-        ),
+        expected=rollouts,
         queue=queue,
         freshness=freshness,
         on_episode=episodes.add,
@@ -138,6 +144,8 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         metrics=metrics,
         stopping=lifecycle.stopping,
     )
+    replay_metrics = ReplayMetrics(registry) if config.replay.ratio else None
+    replay = make_replay(config, learner_id, rollouts, replay_metrics) if replay_metrics else None
     batcher = Batcher(
         rollouts=queue,
         schema=schema,
@@ -147,6 +155,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         refuse=intake.refuse,
         metrics=metrics,
         stopping=lifecycle.stopping,
+        replay=replay,
     )
     health = HealthServer(
         config.ops.host,
@@ -162,7 +171,11 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     ]
     publishing = lifecycle.thread("publisher", publisher.run)
     reporter = Reporter(
-        run_dir=config.run_dir, task=config.env.id, frame_skip=spec.frame_skip, metrics=metrics
+        run_dir=config.run_dir,
+        tasks=[task.name for task in tasks],
+        frame_skip=spec.frame_skip,
+        metrics=metrics,
+        replay_metrics=replay_metrics,
     )
     loop = LearnerLoop(
         trainer=trainer,
@@ -177,6 +190,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         config=configuration.dump(config),
         frame_skip=spec.frame_skip,
         metrics=metrics,
+        replay_metrics=replay_metrics,
         heartbeat=heartbeat,
         stopping=lifecycle.stopping,
     )
@@ -191,6 +205,8 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     publisher.wake()
     for thread in [*threads, publishing]:
         thread.join(STOP_S)
+    if replay is not None:
+        replay.close()
     receiver.close()
     health.close()
     log.info("stopped", exit_code=lifecycle.exit_code, steps=trainer.steps, policy_version=trainer.version)
@@ -204,7 +220,7 @@ def refuse_impossible_sizes(config: RunConfig, schema: Mapping[str, ArraySpec], 
     rollout_bytes = message_bytes(schema)
     weights_bytes = sum(tensor.nbytes for tensor in network.state_dict().values()) + 65_536
     allowed = config.wire.max_message_bytes
-    for size, what in ((rollout_bytes, f"a rollout of {config.env.id}"), (weights_bytes, "the weights")):
+    for size, what in ((rollout_bytes, f"a rollout of {config.title}"), (weights_bytes, "the weights")):
         if size > allowed:
             raise ValueError(
                 f"wire.max_message_bytes = {allowed}: {what} could never be sent; allowed is at least {size}"
@@ -218,6 +234,31 @@ def refuse_impossible_sizes(config: RunConfig, schema: Mapping[str, ArraySpec], 
         )
 
 
+def make_replay(
+    config: RunConfig, learner_id: str, expected: codec.Expected, metrics: ReplayMetrics
+) -> Replay:
+    """The replay memory, with what it held in this learner's last life if that was kept."""
+    import numpy as np
+
+    from services.learner.replay import Replay
+    from services.learner.replay_log import ReplayLog
+    from services.rl.replay import ReplayMemory
+
+    capacity = config.replay.capacity // config.unroll_length
+    log = ReplayLog(config.run_dir / "replay" / learner_id, capacity) if config.replay.checkpoint else None
+    metrics.capacity.set(capacity * config.unroll_length)
+    replay = Replay(
+        memory=ReplayMemory(capacity, np.random.default_rng(config.seed)),
+        log=log,
+        ratio=config.replay.ratio,
+        unroll_length=config.unroll_length,
+        expected=expected,
+        metrics=metrics,
+    )
+    replay.restore()
+    return replay
+
+
 def restore(config: RunConfig, trainer: Trainer, episodes: Episodes, checkpoint: Checkpoint) -> None:
     """Continue from ``checkpoint``; ValueError if it is of another game, network or optimiser."""
     try:
@@ -226,6 +267,8 @@ def restore(config: RunConfig, trainer: Trainer, episodes: Episodes, checkpoint:
             was, now = checkpoint.config[section][knob], ours[section][knob]
             if was != now and "auto" not in (was, now):  # then the shapes of the weights decide
                 raise ValueError(f"{section}.{knob} was {was!r} and is {now!r}")  # noqa: TRY301
+        if checkpoint.config["tasks"] != ours["tasks"]:
+            raise ValueError("tasks are not the same, or not in the same order")  # noqa: TRY301
         trainer.load_state_dict(checkpoint.trainer)
         episodes.load_state_dict(checkpoint.episodes)
     except (KeyError, TypeError, RuntimeError, ValueError) as error:

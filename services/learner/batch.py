@@ -1,6 +1,6 @@
 """The batcher: a thread that unpacks queued rollouts into reused batch buffers.
 
-    consumes   rollouts from ``intake.RolloutQueue``
+    consumes   rollouts from ``intake.RolloutQueue``, and past ones from ``replay.Replay``
     produces   ``Batch``, ready to be moved to the device
     waits for  a whole batch of rollouts; a buffer that the trainer has given back
     may drop   a rollout that became stale in the queue or does not decompress; each is counted
@@ -15,17 +15,21 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from services.config import NetworkConfig
 from services.learner.intake import Freshness, RolloutQueue
+from services.learner.replay import Replay
 from services.ops.metrics import LearnerMetrics
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec
+from services.rl.envs.instructions import NUM_WORDS
+from services.rl.networks.recurrent import cuts_of
 from services.wire.codec import Unpacker, WireError
 from services.wire.messages import ArraySpec, Rollout
 
@@ -34,10 +38,13 @@ NUM_SLOTS = 2
 """One that the trainer reads while the other is filled. More would only make rollouts older."""
 
 
-def rollout_schema(spec: EnvSpec, actions: Discrete, unroll_length: int) -> dict[str, ArraySpec]:
+def rollout_schema(
+    spec: EnvSpec, actions: Discrete, unroll_length: int, network: NetworkConfig | None = None
+) -> dict[str, ArraySpec]:
     """The arrays of one rollout: what ``actor/loop.py`` sends, and the only thing that is let in."""
     frames = spec.frame_stack - 1 + unroll_length + 1
-    return {
+    network = network or NetworkConfig()
+    schema = {
         "observation": ArraySpec(dtype=spec.observation_dtype, shape=(frames, *spec.observation_shape)),
         "episode_start": ArraySpec(dtype="bool", shape=(frames,)),
         "action": ArraySpec(dtype="int32", shape=(unroll_length,), low=0, high=actions.num_actions - 1),
@@ -45,6 +52,14 @@ def rollout_schema(spec: EnvSpec, actions: Discrete, unroll_length: int) -> dict
         "reward": ArraySpec(dtype="float32", shape=(unroll_length,)),
         "terminated": ArraySpec(dtype="bool", shape=(unroll_length,)),
     }
+    if network.lstm:  # how the unroll found the actor's memory
+        schema["initial_state"] = ArraySpec(dtype="float32", shape=(2, network.lstm_size))
+        schema["last_action"] = ArraySpec(dtype="int32", shape=(1,), low=0, high=actions.num_actions - 1)
+        schema["last_reward"] = ArraySpec(dtype="float32", shape=(1,))
+    if network.instructions and spec.instruction_length:
+        shape = (unroll_length + 1, spec.instruction_length)
+        schema["instruction"] = ArraySpec(dtype="int32", shape=shape, low=0, high=NUM_WORDS - 1)
+    return schema
 
 
 def message_bytes(schema: Mapping[str, ArraySpec]) -> int:
@@ -55,16 +70,8 @@ def message_bytes(schema: Mapping[str, ArraySpec]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B rollouts, columns first. Its memory is reused after ``release``."""
+    """B rollouts, columns first, fresh before replayed. Its memory is reused after ``release``."""
 
-    TENSORS: ClassVar = (
-        "observation",
-        "episode_start",
-        "action",
-        "behaviour_logits",
-        "reward",
-        "terminated",
-    )
     observation: Tensor
     """[B, F, ...]: single frames, F = frame_stack - 1 + T + 1."""
     episode_start: Tensor
@@ -74,9 +81,29 @@ class Batch:
     behaviour_logits: Tensor
     reward: Tensor
     terminated: Tensor
+    initial_state: Tensor | None = None
+    """[B, 2, H]; this and the next two for recurrent networks."""
+    last_action: Tensor | None = None
+    """[B, 1]: before the first observation."""
+    last_reward: Tensor | None = None
+    instruction: Tensor | None = None
+    """[B, T + 1, W]"""
+    task: Tensor
+    """[B]"""
+    tasks: tuple[int, ...]
+    """The same, on the host."""
     policy_versions: tuple[int, ...]
     """Per rollout, the version that acted."""
+    num_fresh: int
+    """How many have not been trained on before."""
+    cuts: tuple[int, ...] = ()
+    """Times at which an episode begins in some column; only worked out for recurrent networks."""
     release: Callable[[], None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 class _Slot:
@@ -88,6 +115,7 @@ class _Slot:
             for name, spec in schema.items()
         }
         self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        self.task = torch.zeros(batch_size, dtype=torch.int64, pin_memory=pinned)
 
 
 class Batcher:
@@ -107,6 +135,7 @@ class Batcher:
         refuse: Callable[[WireError], None],
         metrics: LearnerMetrics,
         stopping: threading.Event,
+        replay: Replay | None = None,
     ) -> None:
         self._rollouts = rollouts
         self._batch_size = batch_size
@@ -114,6 +143,7 @@ class Batcher:
         self._refuse = refuse
         self._metrics = metrics
         self._stopping = stopping
+        self._replay = replay
         self._unpacker = Unpacker()
         self._free: queue.Queue[_Slot] = self.QUEUE()
         self._ready: queue.Queue[Batch] = self.QUEUE()
@@ -134,27 +164,59 @@ class Batcher:
                 slot = self._free.get(timeout=POLL_S)
             except queue.Empty:
                 continue
-            versions = self._fill(slot)
-            if versions is not None:
-                release = functools.partial(self._free.put, slot)
-                self._ready.put(Batch(**slot.tensors, policy_versions=versions, release=release))
+            batch = self._fill(slot)
+            if batch is not None:
+                self._ready.put(batch)
 
-    def _fill(self, slot: _Slot) -> tuple[int, ...] | None:
-        """Policy versions of the rollouts now in the slot; None if the pod stops before it is full."""
+    def _fill(self, slot: _Slot) -> Batch | None:
+        """The batch that is now in the slot; None if the pod stops before it is full."""
         versions: list[int] = []
-        while len(versions) < self._batch_size:
-            taken = self._rollouts.take(self._batch_size - len(versions), POLL_S)
+        tasks: list[int] = []
+
+        def add(rollout: Rollout) -> bool:
+            if not self._unpack(rollout, slot, len(tasks)):
+                return False
+            versions.append(rollout.policy_version)
+            tasks.append(rollout.task)
+            return True
+
+        num_fresh = self._batch_size - (self._replay.share(self._batch_size) if self._replay else 0)
+        while len(tasks) < num_fresh:
+            # Without replay a batch at once; a batch that has to do without may be more than the queue holds.
+            count = min(num_fresh - len(tasks), self._rollouts.capacity)
+            taken = self._rollouts.take(count, POLL_S)
             if not taken and self._stopping.is_set():
                 return None
             for rollout in taken:
                 # Every other buffer that is not free is a batch that will be trained on before this one.
                 if self._freshness.stale(rollout, updates_ahead=NUM_SLOTS - 1 - self._free.qsize()):
                     self._metrics.rollouts.labels("stale").inc()
-                elif self._unpack(rollout, slot, len(versions)):
-                    versions.append(rollout.policy_version)
+                elif add(rollout):
                     self._metrics.rollouts.labels("ok").inc()
+                    if self._replay:
+                        self._replay.remember(rollout)
             self._metrics.queue_depth.set(len(self._rollouts))
-        return tuple(versions)
+        while len(tasks) < self._batch_size:
+            assert self._replay is not None
+            for rollout in self._replay.draw(self._batch_size - len(tasks)):
+                add(rollout)
+        slot.task.numpy()[:] = tasks
+        return Batch(
+            **slot.tensors,
+            task=slot.task,
+            tasks=tuple(tasks),
+            policy_versions=tuple(versions),
+            num_fresh=num_fresh,
+            cuts=self._cuts(slot),
+            release=functools.partial(self._free.put, slot),
+        )
+
+    def _cuts(self, slot: _Slot) -> tuple[int, ...]:
+        """Found here, on the host, because the device would have to be waited for."""
+        if "initial_state" not in slot.tensors:
+            return ()
+        first = slot.tensors["episode_start"].shape[1] - slot.tensors["action"].shape[1] - 1
+        return cuts_of(slot.tensors["episode_start"].T[first:])
 
     def _unpack(self, rollout: Rollout, slot: _Slot, column: int) -> bool:
         try:

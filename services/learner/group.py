@@ -25,6 +25,10 @@ class Group:
         """Publishes weights and writes checkpoints."""
         return self.rank == 0
 
+    def sum(self, totals: Tensor) -> None:
+        """In place, over all members."""
+        assert self.world_size == 1, f"{self.world_size} members, {tuple(totals.shape)} totals"
+
     def average(self, gradients: Sequence[Tensor]) -> None:
         """In place, over all members, so that a change of the world's size does not change the scale."""
         assert self.world_size == 1, f"{self.world_size} members, {len(gradients)} gradients"

@@ -18,13 +18,14 @@ from typing import Any
 
 from services.learner.batch import Batch, Batcher
 from services.learner.checkpoint import CheckpointStore
+from services.learner.episodes import Episodes
 from services.learner.group import Group
 from services.learner.publisher import Publisher
-from services.learner.report import Episodes, Reporter
+from services.learner.report import Reporter
 from services.learner.trainer import Trainer
 from services.ops.health import Heartbeat
 from services.ops.logging import get_logger
-from services.ops.metrics import LearnerMetrics
+from services.ops.metrics import LearnerMetrics, ReplayMetrics
 from services.wire.messages import NO_VERSION
 
 POLL_S = 0.25
@@ -55,6 +56,7 @@ class LearnerLoop:
         config: Mapping[str, Any],
         frame_skip: int,
         metrics: LearnerMetrics,
+        replay_metrics: ReplayMetrics | None,
         heartbeat: Heartbeat,
         stopping: threading.Event,
         clock: Callable[[], float] = time.monotonic,
@@ -69,6 +71,7 @@ class LearnerLoop:
         self._config = config
         self._frame_skip = frame_skip
         self._metrics = metrics
+        self._replay_metrics = replay_metrics
         self._heartbeat = heartbeat
         self._stopping = stopping
         self._clock = clock
@@ -145,11 +148,16 @@ class LearnerLoop:
             self._publish()  # nothing is newer than what was skipped while another version was on its way
             return
         version = self._trainer.version
-        lags = [max(0, version - acted) for acted in batch.policy_versions]
+        ages = [max(0, version - acted) for acted in batch.policy_versions]
+        lags, replayed = ages[: batch.num_fresh], ages[batch.num_fresh :]
         self._reporter.batch(lags, waited_s)
         for lag in lags:
             self._metrics.policy_lag_versions.observe(lag)
+        if self._replay_metrics is not None and replayed:
+            self._replay_metrics.age_versions.set(sum(replayed) / len(replayed))
         self._update(batch)
+        if self._replay_metrics is not None:
+            self._replay_metrics.replayed_samples.inc(len(replayed) * batch.action.shape[1])
 
     def _update(self, batch: Batch) -> None:
         copying_s = time.perf_counter()

@@ -2,11 +2,12 @@
 
 Before it come batches from ``batch.Batcher``, after it ``publisher`` and ``checkpoint`` read its weights. It
 never waits for the device: figures gather there and are fetched by ``read_figures`` once per report.
-Shapes: T unroll length, B batch size, F single frames per rollout, A policy outputs.
+Shapes: T unroll length, B batch size, F single frames per rollout, A policy outputs, K tasks, H state.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,10 @@ from services.learner.batch import Batch
 from services.learner.group import Group
 from services.rl.actions import Discrete
 from services.rl.frames import stack_frames
-from services.rl.losses import Experience, impala_loss
-from services.rl.networks import ActorCritic
+from services.rl.losses import Experience, Loss, impala_loss
+from services.rl.networks import ActorCritic, Inputs
+from services.rl.popart import moments
+from services.rl.rmsprop_tf import RMSpropTF
 
 
 class TrainingDivergedError(RuntimeError):
@@ -40,6 +43,26 @@ class Figures:
     rho_clipped_ratio: float
     grad_norm: float
     nonfinite_updates: int
+    replay_rejected_ratio: float
+    """Share of steps outside of the trust region; NaN without one."""
+    popart_mean: tuple[float, ...]
+    """Of each task, now; empty without PopArt."""
+    popart_sigma: tuple[float, ...]
+    task_steps: tuple[int, ...]
+    """Fresh agent steps of each task since the last report."""
+
+
+FIGURES = (
+    "loss_total",
+    "loss_policy",
+    "loss_baseline",
+    "loss_entropy",
+    "entropy",
+    "rho_clipped_ratio",
+    "replay_rejected_ratio",
+    "grad_norm",
+)
+"""Those that gather on the device, in this order."""
 
 
 class Trainer:
@@ -71,7 +94,9 @@ class Trainer:
         self._dtype = dtype
         self._group = group
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._sums = torch.zeros(7, device=device)
+        self._num_tasks = len(self.network.baseline.mean_K)
+        self._task_steps = [0] * self._num_tasks
+        self._sums = torch.zeros(len(FIGURES), device=device)
         self._pending_updates = 0
         self._nonfinite = torch.zeros(3, dtype=torch.int64, device=device)
         """Since the last report: how many; now in a row; the longest row."""
@@ -127,8 +152,8 @@ class Trainer:
         # On a stream of its own, so that it overlaps with the update before.
         compute = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._copies):
-            tensors = {
-                name: getattr(batch, name).to(self._device, non_blocking=True) for name in batch.TENSORS
+            tensors: dict[str, Any] = {
+                name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.tensors().items()
             }
             copied = torch.cuda.current_stream(self._device).record_event()
         compute.wait_event(copied)
@@ -143,28 +168,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> None:
         """One optimiser step. An update whose gradient is not finite changes no weight and is counted."""
-        first = self._frame_stack - 1
-        starts_FB = batch.episode_start.T
-        observations_TB = stack_frames(batch.observation.transpose(0, 1), starts_FB, self._frame_stack)
-        length, columns = observations_TB.shape[:2]
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            output = self.network(observations_TB.flatten(0, 1))
-        logits_TBA = output.logits.unflatten(0, (length, columns))
-        baselines_TB = output.baseline.unflatten(0, (length, columns))
-        loss = impala_loss(
-            logits_TBA=logits_TBA[:-1],
-            baselines_TB=baselines_TB[:-1],
-            bootstrap_value_B=baselines_TB[-1],
-            experience=Experience(
-                actions_TB=batch.action.T,
-                behaviour_logits_TBA=batch.behaviour_logits.transpose(0, 1),
-                rewards_TB=batch.reward.T,
-                terminated_TB=batch.terminated.T,
-                mask_TB=~starts_FB[first + 1 :],
-            ),
-            actions=self._actions,
-            config=self._config.loss,
-        )
+        loss = self._loss(batch)
         self.optimiser.zero_grad(set_to_none=True)
         loss.total.backward()
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -173,8 +177,14 @@ class Trainer:
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = self.learning_rate
         self._step_if(finite)
+        if self._config.popart.enabled:  # after the step, whose gradient was taken on the old scale
+            targets = moments(loss.targets_TB, loss.counts_TB, batch.task, self._num_tasks)
+            self._group.sum(targets)
+            self.network.baseline.update(targets, finite)
         self.version += 1
-        self.steps += self._config.steps_per_update * self._group.world_size
+        self.steps += self._config.unroll_length * batch.num_fresh * self._group.world_size
+        for task in batch.tasks[: batch.num_fresh]:
+            self._task_steps[task] += self._config.unroll_length
         self._remember(
             [
                 loss.total,
@@ -183,9 +193,49 @@ class Trainer:
                 loss.entropy,
                 loss.mean_entropy,
                 loss.rho_clipped_ratio,
+                loss.rejected_ratio,
                 grad_norm,
             ],
             finite,
+        )
+
+    def _loss(self, batch: Batch) -> Loss:
+        config, first = self._config, self._frame_stack - 1
+        starts_FB = batch.episode_start.T
+        replayed_from = batch.num_fresh if batch.num_fresh < len(batch.tasks) else None
+        burn_in = config.replay.burn_in if config.replay.recurrent_state == "recomputed" else 0
+        inputs = Inputs(
+            observation_TB=stack_frames(batch.observation.transpose(0, 1), starts_FB, self._frame_stack),
+            episode_start_TB=starts_FB[first:],
+            last_action_TB=_shifted(batch.last_action, batch.action),
+            last_reward_TB=_shifted(batch.last_reward, batch.reward),
+            state_2BH=None if batch.initial_state is None else batch.initial_state.transpose(0, 1),
+            cuts=batch.cuts,
+            instruction_TBW=None if batch.instruction is None else batch.instruction.transpose(0, 1),
+        )
+        mask_TB = ~starts_FB[first + 1 :]
+        if replayed_from is not None:  # the first steps only bring an old state up to date
+            mask_TB[:burn_in, replayed_from:] = False
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            output = self.network(inputs)
+        column_B = torch.arange(len(batch.tasks), device=self._device)
+        baselines_TB = output.baselines_TBK[:, column_B, batch.task]
+        return impala_loss(
+            logits_TBA=output.logits_TBA[:-1],
+            baselines_TB=baselines_TB[:-1],
+            bootstrap_B=baselines_TB[-1],
+            scale=self.network.baseline.scale_of(batch.task),
+            experience=Experience(
+                actions_TB=batch.action.T,
+                behaviour_logits_TBA=batch.behaviour_logits.transpose(0, 1),
+                rewards_TB=batch.reward.T,
+                terminated_TB=batch.terminated.T,
+                mask_TB=mask_TB,
+                fresh_B=None if replayed_from is None else column_B < replayed_from,
+            ),
+            actions=self._actions,
+            config=config.loss,
+            trust_region=config.replay.trust_region if config.replay.ratio else None,
         )
 
     def _step_if(self, finite: Tensor) -> None:
@@ -212,7 +262,12 @@ class Trainer:
         nonfinite, row, longest = self._nonfinite.tolist()
         updates = self._pending_updates
         good = updates - nonfinite
-        means = [value / good if good else float("nan") for value in self._sums.tolist()]
+        sums = zip(FIGURES, self._sums.tolist(), strict=True)
+        means = {name: value / good if good else math.nan for name, value in sums}
+        if not self._config.replay.ratio or self._config.replay.trust_region is None:
+            means["replay_rejected_ratio"] = math.nan
+        task_steps, self._task_steps = self._task_steps, [0] * self._num_tasks
+        baseline, popart = self.network.baseline, self._config.popart.enabled
         self._sums.zero_()
         self._nonfinite = torch.tensor([0, row, row], device=self._device)
         self._pending_updates = 0
@@ -221,19 +276,21 @@ class Trainer:
             raise TrainingDivergedError(
                 f"{longest} updates in a row had a gradient that is not finite, at version {self.version} "
                 f"(learner.max_nonfinite_updates = {limit}); lower optimiser.learning_rate = "
-                f"{self._config.optimiser.learning_rate} or look at the rewards of {self._config.env.id}"
+                f"{self._config.optimiser.learning_rate} or look at the rewards of {self._config.title}"
             )
         return Figures(
             updates=updates,
-            loss_total=means[0],
-            loss_policy=means[1],
-            loss_baseline=means[2],
-            loss_entropy=means[3],
-            entropy=means[4],
-            rho_clipped_ratio=means[5],
-            grad_norm=means[6],
             nonfinite_updates=nonfinite,
+            popart_mean=tuple(baseline.mean_K.tolist()) if popart else (),
+            popart_sigma=tuple(baseline.sigmas.tolist()) if popart else (),
+            task_steps=tuple(task_steps),
+            **means,
         )
+
+
+def _shifted(before_B1: Tensor | None, values_BT: Tensor) -> Tensor | None:
+    """[T + 1, B]: at each observation, the value of the step before it."""
+    return None if before_B1 is None else torch.cat([before_B1, values_BT], 1).T
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,9 +298,9 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "lr")}
 
 
-def _statistics(group: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Which kinds of averages an optimiser with these settings keeps: (Adam's, momentum)."""
-    return "betas" in group, bool(group.get("momentum"))
+def _statistics(group: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    """Which kinds of averages an optimiser with these settings keeps: (Adam's, TensorFlow's, momentum)."""
+    return "betas" in group, "tensorflow" in group, bool(group.get("momentum"))
 
 
 def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.optim.Optimizer:
@@ -252,7 +309,8 @@ def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.o
     if config.name == "adam":
         betas = (config.adam_beta1, config.adam_beta2)
         return torch.optim.Adam(parameters, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
-    return torch.optim.RMSprop(
+    rmsprop = RMSpropTF if config.name == "rmsprop_tf" else torch.optim.RMSprop
+    return rmsprop(
         parameters,
         lr=config.learning_rate,
         alpha=config.rmsprop_alpha,

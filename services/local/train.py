@@ -41,10 +41,10 @@ SCRAPE_INTERVAL_S = 1.0
 
 def frame_skip_of(config: RunConfig) -> int:
     """Frames per agent step. Opens the environment, so that a wrong name is found before anything starts."""
-    from services.rl.envs import env_spec
+    from services.rl.tasks import tasks_of, tasks_spec
 
     try:
-        return env_spec(config.env).frame_skip
+        return tasks_spec(tasks_of(config)).frame_skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

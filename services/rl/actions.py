@@ -29,11 +29,19 @@ class Discrete:
         noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
         return (logits.float() - noise.log()).argmax(dim=-1)
 
+    def most_likely(self, logits: Tensor) -> Tensor:
+        """The action that the policy prefers."""
+        return logits.argmax(dim=-1)
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """log pi(.|x), of every action."""
+        return logits.log_softmax(-1)
+
     def log_prob(self, logits: Tensor, actions: Tensor) -> Tensor:
         """log pi(a|x)."""
-        return logits.log_softmax(-1).gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
+        return self.log_probs(logits).gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)
 
     def entropy(self, logits: Tensor) -> Tensor:
         """H(pi(.|x)) in nats."""
-        log_probs = logits.log_softmax(-1)
+        log_probs = self.log_probs(logits)
         return -(log_probs.exp() * log_probs).sum(-1)

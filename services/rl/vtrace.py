@@ -29,6 +29,7 @@ def vtrace(
     values_TB: Tensor,
     bootstrap_value_B: Tensor,
     mask_TB: Tensor | None = None,
+    trusted_TB: Tensor | None = None,
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
     pg_rho_bar: float = 1.0,
@@ -39,6 +40,7 @@ def vtrace(
     ``discounts_TB`` is gamma, or 0 where the transition ends in a termination. ``mask_TB`` is 0 for a
     transition that nobody acted, the reset after an episode: it has no temporal difference of its own and
     nothing flows across it, so v = V there and a truncated episode bootstraps from its final observation.
+    ``trusted_TB`` is 0 where the trace is cut (lambda = 0): such a step keeps its temporal difference.
     """
     for name, tensor in (("discounts", discounts_TB), ("rewards", rewards_TB), ("values", values_TB)):
         assert tensor.shape == log_rhos_TB.shape, (
@@ -53,6 +55,9 @@ def vtrace(
     if mask_TB is not None:
         deltas_TB = deltas_TB * mask_TB
         decays_TB = decays_TB * mask_TB
+
+    if trusted_TB is not None:
+        decays_TB = decays_TB * trusted_TB
 
     # v_s - V_s = delta_s + g_s c_s (v_{s+1} - V_{s+1}), backward from v_T = V_T.
     corrections_TB = torch.empty_like(deltas_TB)

@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from services.actor.loop import Half
-from services.actor.policy import Policy
 from services.config import ActorConfig, LossConfig, NetworkConfig, OptimiserConfig, RunConfig
 from services.learner.batch import Batch
 from services.learner.group import Group
 from services.learner.trainer import Trainer
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, Transition
-from services.rl.networks import make_network
+from services.rl.networks import Inputs, make_network
+from services.rl.policy import Policy
 
 pytestmark = pytest.mark.learning
 
@@ -106,8 +106,8 @@ def learned(clock_terminates: bool) -> tuple[float, float]:
             half.record(half.env.recv())
         trainer.update(batch_of(half))
         half.begin_unroll()
-    output = trainer.network(torch.ones(1, 1, 1))
-    return output.logits.softmax(-1)[0, GO_ON].item(), output.baseline.item()
+    output = trainer.network(Inputs(observation_TB=torch.ones(1, 1, 1, 1)))
+    return output.logits_TBA.softmax(-1)[0, 0, GO_ON].item(), output.baselines_TBK.item()
 
 
 def batch_of(half: Half) -> Batch:
@@ -118,6 +118,9 @@ def batch_of(half: Half) -> Batch:
         behaviour_logits=torch.from_numpy(half.behaviour_logits),
         reward=torch.from_numpy(half.reward),
         terminated=torch.from_numpy(half.terminated),
+        task=torch.zeros(NUM_ENVS, dtype=torch.int64),
+        tasks=(0,) * NUM_ENVS,
+        num_fresh=NUM_ENVS,
         policy_versions=(half.policy_version,) * NUM_ENVS,
         release=lambda: None,
     )

@@ -232,7 +232,7 @@ def test_a_wrong_element_of_a_list_is_named_by_its_place() -> None:
     [
         (
             ["--learner.queue_capacity", "31"],
-            "learner.queue_capacity = 31: a batch of batch_size = 32 rollouts can never fill; allowed is",
+            "learner.queue_capacity = 31: a batch with 32 fresh rollouts can never fill; allowed is",
         ),
         (
             ["--total_steps", "639"],

@@ -27,18 +27,38 @@ class PixelConv2d(nn.Conv2d):
         return F.conv2d(pixels, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-class ConvTorso(Torso):
+class PixelTorso(Torso):
+    """What torsos over images share: how bytes become the channels of a convolution."""
+
+    def __init__(self, spec: EnvSpec, num_features: int) -> None:
+        super().__init__()
+        shape = spec.observation_shape
+        if len(shape) not in (2, 3) or spec.observation_dtype != "uint8":
+            raise ValueError(
+                f"network.name: a convolutional network cannot see the observations of env.id = {spec.id!r}, "
+                f"{spec.observation_dtype} of shape {list(shape)}; allowed is mlp"
+            )
+        self.num_channels = (shape[2] if len(shape) == 3 else 1) * spec.frame_stack
+        self.num_features = num_features
+
+    def to_channels(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 [N, H, W, (color,) stack] viewed as a channels-last [N, channels, H, W] in ``dtype``."""
+        device = frames.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return frames.flatten(3).permute(0, 3, 1, 2).to(dtype)  # 0..255 is exact in bfloat16
+
+    def to_channels_last(self) -> None:
+        """Lay the weights out as the frames are."""
+        torch.nn.Module.to(self, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class ConvTorso(PixelTorso):
     """Convolutions (channels, kernel, stride) and one linear layer, each followed by ReLU."""
 
     def __init__(self, spec: EnvSpec, layers: Sequence[tuple[int, int, int]], num_features: int) -> None:
-        super().__init__()
-        if len(spec.observation_shape) != 2 or spec.observation_dtype != "uint8":
-            raise ValueError(
-                f"network.name: a convolutional network cannot see the observations of env.id = {spec.id!r}, "
-                f"{spec.observation_dtype} of shape {list(spec.observation_shape)}; allowed is mlp"
-            )
-        height, width = spec.observation_shape
-        channels = spec.frame_stack
+        super().__init__(spec, num_features)
+        channels, (height, width) = self.num_channels, spec.observation_shape[:2]
         self.convolutions = nn.ModuleList()
         for out_channels, kernel, stride in layers:
             convolution = nn.Conv2d if self.convolutions else PixelConv2d
@@ -54,18 +74,13 @@ class ConvTorso(Torso):
                     f"make env.frame_height and env.frame_width larger"
                 )
         self.linear = nn.Linear(channels * height * width, num_features)
-        self.num_features = num_features
         for module in (*self.convolutions, self.linear):
             nn.init.orthogonal_(module.weight, gain=math.sqrt(2.0))
             nn.init.zeros_(module.bias)
-        torch.nn.Module.to(self, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to_channels_last()
 
     def forward(self, frames: Tensor) -> Tensor:
-        # uint8 [N, H, W, stack] viewed as a channels-last [N, stack, H, W]; 0..255 is exact in bfloat16.
-        device = frames.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.linear.weight.dtype
-        x = frames.permute(0, 3, 1, 2).to(dtype)
+        x = self.to_channels(frames, self.linear.weight.dtype)
         for convolution in self.convolutions:
             x = torch.relu(convolution(x))
         return torch.relu(self.linear(x.flatten(1)))

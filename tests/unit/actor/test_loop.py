@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from services.actor.loop import ActorLoop, Half
-from services.actor.policy import Policy
 from services.actor.weights import Snapshot
 from services.config import EnvConfig, NetworkConfig
 from services.ops.metrics import ActorMetrics
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, env_spec, make_vector_env
-from services.rl.networks import make_network
+from services.rl.networks import Inputs, make_network
+from services.rl.policy import Policy
 from services.wire.codec import Unpacker
 from services.wire.messages import Buffer, Rollout
 from tests.unit.rl.roundtrip import (
@@ -186,7 +186,7 @@ class ByVersion:
         self.version = version
 
     def act(
-        self, frames_NF: NDArray[np.generic], episode_start_NF: NDArray[np.bool_]
+        self, frames_NF: NDArray[np.generic], episode_start_NF: NDArray[np.bool_], *_unused: object
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         num_envs = len(frames_NF)
         return np.zeros(num_envs, np.int64), np.full((num_envs, 2), self.version, np.float32)
@@ -347,6 +347,6 @@ def test_the_logits_that_travel_are_those_that_the_learner_recomputes(kwargs: di
         assert isinstance(rollout, Rollout)
         arrays = {name: torch.from_numpy(array).unsqueeze(1) for name, array in arrays_of(rollout).items()}
         stacks = stack_frames(arrays["observation"], arrays["episode_start"], spec.frame_stack)
-        logits = network(stacks[:-1].flatten(0, 1)).logits
+        logits = network(Inputs(observation_TB=stacks[:-1])).logits_TBA[:, 0]
         torch.testing.assert_close(logits, arrays["behaviour_logits"].squeeze(1), rtol=1e-5, atol=1e-6)
         assert rollout.policy_version == 5

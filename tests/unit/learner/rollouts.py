@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from services.actor.loop import Half
-from services.actor.policy import Policy
 from services.config import EnvConfig
 from services.learner.batch import rollout_schema
 from services.learner.intake import RolloutQueue
 from services.ops.metrics import LearnerMetrics
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, env_spec, make_vector_env
+from services.rl.policy import Policy
 from services.wire.codec import Codec, Expected, Packer, encode
 from services.wire.messages import Buffer, Episode, PackedArray, Rollout
 
@@ -113,7 +113,7 @@ class RandomPolicy:
         self._num_actions = num_actions
 
     def act(
-        self, frames_NF: NDArray[Any], episode_start_NF: NDArray[np.bool_]
+        self, frames_NF: NDArray[Any], episode_start_NF: NDArray[np.bool_], *_unused: object
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         num_envs = len(frames_NF)
         logits = self._rng.standard_normal((num_envs, self._num_actions)).astype(np.float32)

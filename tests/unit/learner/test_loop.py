@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +11,11 @@ import pytest
 
 from services.learner.batch import Batcher
 from services.learner.checkpoint import CheckpointStore
+from services.learner.episodes import Episodes
 from services.learner.group import Group
 from services.learner.loop import LearnerLoop
 from services.learner.publisher import Publisher
-from services.learner.report import Episodes, Reporter
+from services.learner.report import Reporter
 from services.learner.trainer import Figures, Trainer
 from services.ops.health import Heartbeat
 from tests.unit.learner.rollouts import Counts
@@ -28,6 +30,10 @@ FIGURES = Figures(
     rho_clipped_ratio=0.0,
     grad_norm=0.0,
     nonfinite_updates=0,
+    replay_rejected_ratio=math.nan,
+    popart_mean=(),
+    popart_sigma=(),
+    task_steps=(0,),
 )
 
 
@@ -116,12 +122,13 @@ class Scene:
             publisher=cast(Publisher, self.server),
             checkpoints=cast(CheckpointStore, self.disk),
             checkpoint_interval_s=60.0,
-            reporter=Reporter(run_dir=self.directory, task="x", frame_skip=1, metrics=self.counts.metrics),
+            reporter=Reporter(run_dir=self.directory, tasks=["x"], frame_skip=1, metrics=self.counts.metrics),
             log_interval_s=5.0,
-            episodes=Episodes(),
+            episodes=Episodes(["x"]),
             config={},
             frame_skip=1,
             metrics=self.counts.metrics,
+            replay_metrics=None,
             heartbeat=Heartbeat(),
             stopping=self.stopping,
             clock=self.clock,

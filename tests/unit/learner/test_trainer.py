@@ -100,6 +100,9 @@ def make_batch(seed: int = 1, spec: EnvSpec = VECTORS) -> Batch:
         behaviour_logits=torch.from_numpy(rng.normal(size=(B, T, spec.num_actions)).astype(np.float32)),
         reward=torch.from_numpy(rng.normal(size=(B, T)).astype(np.float32)),
         terminated=torch.from_numpy(terminated),
+        task=torch.zeros(B, dtype=torch.int64),
+        tasks=(0,) * B,
+        num_fresh=B,
         policy_versions=(0,) * B,
         release=lambda: None,
     )
@@ -324,7 +327,8 @@ def test_it_is_counted_as_an_update_and_left_out_of_the_figures() -> None:
     guarded.update(poisoned(make_batch()))
     figures = guarded.read_figures()
     assert (figures.updates, figures.nonfinite_updates) == (2, 1)
-    assert replace(figures, updates=1, nonfinite_updates=0) == wanted
+    assert figures.task_steps == (2 * STEPS,), "they are trained, for the schedule"
+    assert replace(figures, updates=1, nonfinite_updates=0, task_steps=wanted.task_steps) == wanted
     assert guarded.version == 2
 
 
@@ -487,7 +491,7 @@ def test_in_bfloat16_an_update_is_close_to_one_in_float32() -> None:
             group=Group(),
         )
         trainer.update(make_batch(spec=IMAGES))
-        assert all(tensor.dtype == torch.float32 for tensor in weights(trainer).values())
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.network.parameters())
         figures.append(trainer.read_figures())
     exact, rounded = figures
     assert rounded.loss_total == pytest.approx(exact.loss_total, rel=0.05)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
 from services.actor.loop import ActorLoop, Half
-from services.actor.policy import Policy
 from services.actor.weights import Snapshot, WeightsClient
-from services.config import RunConfig
+from services.config import PopArtConfig, RunConfig
 from services.learner.batch import Batch, Batcher, rollout_schema
 from services.learner.group import Group
 from services.learner.intake import Freshness, Intake, RolloutQueue
@@ -31,7 +30,9 @@ from services.ops.health import Heartbeat
 from services.ops.metrics import ActorMetrics, LearnerMetrics
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, Transition
-from services.rl.networks import ActorCritic, PolicyOutput
+from services.rl.networks import ActorCritic, Inputs, PolicyOutput
+from services.rl.policy import Policy
+from services.rl.popart import PopArt
 from services.wire import codec
 from services.wire.messages import Buffer, Client, Episode, Rollout, RunState
 from services.wire.sockets import RolloutReceiver, RolloutSender
@@ -155,7 +156,7 @@ class StatePolicy:
         self.version = version
 
     def act(
-        self, frames_NF: NDArray[np.generic], episode_start_NF: NDArray[np.bool_]
+        self, frames_NF: NDArray[np.generic], episode_start_NF: NDArray[np.bool_], *_unused: object
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         states = frames_NF[:, -1].reshape(len(frames_NF)).astype(np.int64)
         self.seen_states.append(states)
@@ -169,12 +170,18 @@ class TableNetwork(nn.Module):
         super().__init__()
         self.values = nn.Parameter(torch.tensor(values))
         self.logits = nn.Parameter(torch.zeros(len(values), ACTIONS.num_outputs))
+        self.baseline = PopArt(1, 1, PopArtConfig()).requires_grad_(False)  # for its scale
         self.observations: list[Tensor] = []
 
-    def forward(self, observations: Tensor) -> PolicyOutput:
+    def forward(self, inputs: Inputs) -> PolicyOutput:
+        observations = inputs.observation_TB.flatten(0, 1)
         self.observations.append(observations)
-        states = observations.flatten(1)[:, -1].long()
-        return PolicyOutput(logits=self.logits[states], baseline=self.values[states])
+        states_TB = inputs.observation_TB.flatten(2)[..., -1].long()
+        return PolicyOutput(
+            logits_TBA=self.logits[states_TB],
+            baselines_TBK=self.values[states_TB].unsqueeze(-1),
+            state_2BH=None,
+        )
 
 
 def make_trainer(network: nn.Module, config: RunConfig, frame_stack: int) -> Trainer:
@@ -284,7 +291,7 @@ class LearnerEnd:
             expected=self._expected,
             queue=rollouts,
             freshness=freshness,
-            on_episode=self.episodes.append,
+            on_episode=lambda _task, episode: self.episodes.append(episode),
             count_gaps=True,
             metrics=metrics,
             stopping=stopping,
@@ -314,13 +321,5 @@ class LearnerEnd:
 
 def copied(batch: Batch) -> Batch:
     """The same in memory of its own, so that it outlives its slot."""
-    return Batch(
-        observation=batch.observation.clone(),
-        episode_start=batch.episode_start.clone(),
-        action=batch.action.clone(),
-        behaviour_logits=batch.behaviour_logits.clone(),
-        reward=batch.reward.clone(),
-        terminated=batch.terminated.clone(),
-        policy_versions=batch.policy_versions,
-        release=lambda: None,
-    )
+    tensors: dict[str, Any] = {name: tensor.clone() for name, tensor in batch.tensors().items()}
+    return replace(batch, **tensors, release=lambda: None)

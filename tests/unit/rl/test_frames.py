@@ -157,7 +157,7 @@ class Witness:
         self._depth = depth
 
     def act(
-        self, frames_NF: NDArray[np.generic], episode_start_NF: NDArray[np.bool_]
+        self, frames_NF: NDArray[np.generic], episode_start_NF: NDArray[np.bool_], *_unused: object
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         frames_FN = torch.from_numpy(frames_NF.copy()).transpose(0, 1)
         starts_FN = torch.from_numpy(episode_start_NF.copy()).transpose(0, 1)

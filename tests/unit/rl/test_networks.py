@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from services.config import NetworkConfig
 from services.rl.envs import EnvSpec
-from services.rl.networks import TORSOS, ActorCritic, make_network
+from services.rl.networks import TORSOS, ActorCritic, Inputs, make_network
 from services.rl.networks.convolutional import ConvTorso, PixelConv2d
 from services.rl.networks.torso import Torso
 from services.rl.precision import resolve
@@ -59,8 +60,23 @@ def seeded(spec: EnvSpec, name: str, seed: int = 1) -> ActorCritic:
     return make_network(spec, NetworkConfig(name=name))
 
 
+@dataclass(frozen=True)
+class Output:
+    """Of single observations."""
+
+    logits: Tensor
+    baseline: Tensor
+
+
+def run(network: ActorCritic, observations: Tensor) -> Output:
+    """One time step of as many environments as there are observations."""
+    output = network(Inputs(observation_TB=observations.unsqueeze(0)))
+    return Output(output.logits_TBA[0], output.baselines_TBK[0, :, 0])
+
+
 of_every_family = pytest.mark.parametrize("name", list(TORSOS))
-convolutional = pytest.mark.parametrize("name", ["shallow", "nature"])
+plain_convolutional = pytest.mark.parametrize("name", ["shallow", "nature"])
+convolutional = pytest.mark.parametrize("name", ["shallow", "nature", "deep"])
 
 
 # ------------------------------------------------------------------------------------------- mathematics
@@ -80,7 +96,7 @@ def test_a_pixel_convolution_is_a_convolution_of_pixels_between_0_and_1() -> Non
     torch.testing.assert_close(our_gradient, ours.weight.grad, rtol=1e-4, atol=1e-3)
 
 
-@convolutional
+@plain_convolutional
 def test_the_channels_last_network_equals_a_plain_one_on_contiguous_pixels(name: str) -> None:
     """The same weights in torch's own layers, N C H W, pixels divided by 255."""
     network = seeded(images(), name)
@@ -92,7 +108,7 @@ def test_the_channels_last_network_equals_a_plain_one_on_contiguous_pixels(name:
         assert isinstance(convolution, nn.Conv2d)
         x = torch.relu(F.conv2d(x, convolution.weight.contiguous(), convolution.bias, convolution.stride))
     features = torch.relu(F.linear(x.flatten(1), torso.linear.weight, torso.linear.bias))
-    output = network(pixels)
+    output = run(network, pixels)
     torch.testing.assert_close(output.logits, network.policy(features), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.baseline, network.baseline(features)[:, 0], rtol=1e-4, atol=1e-5)
 
@@ -117,6 +133,43 @@ def test_the_layers_are_those_of_the_papers(
     assert torso.num_features == linear[0]
 
 
+def test_the_deep_network_equals_a_plain_one_written_layer_by_layer() -> None:
+    """Espeholt et al. 2018, figure 3, in torch's functions, N C H W, pixels divided by 255."""
+    network = seeded(images(), "deep")
+    weights = network.torso.state_dict()
+
+    def convolve(x: Tensor, name: str) -> Tensor:
+        return F.conv2d(x, weights[f"{name}.weight"].contiguous(), weights[f"{name}.bias"], padding=1)
+
+    pixels = observations(images(), 3)
+    x = pixels.permute(0, 3, 1, 2).contiguous() / 255.0
+    for section, (channels, side) in enumerate([(16, 42), (32, 21), (32, 11)]):
+        x = F.max_pool2d(convolve(x, f"sections.{section}.0"), 3, stride=2, padding=1)
+        assert x.shape == (3, channels, side, side)
+        for block in (2, 3):
+            y = convolve(F.relu(x), f"sections.{section}.{block}.first")
+            x = x + convolve(F.relu(y), f"sections.{section}.{block}.second")
+    features = F.relu(F.linear(F.relu(x).flatten(1), weights["linear.weight"], weights["linear.bias"]))
+    assert features.shape == (3, 256)
+    output = run(network, pixels)
+    torch.testing.assert_close(output.logits, network.policy(features), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.baseline, network.baseline(features)[:, 0], rtol=1e-4, atol=1e-5)
+    convolutions = [module for module in network.torso.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 15
+
+
+@convolutional
+def test_a_frame_in_color_is_seen_in_all_of_its_channels(name: str) -> None:
+    spec = replace(images(), observation_shape=(84, 84, 3))
+    network, x = seeded(spec, name), observations(spec, 1)
+    before = run(network, x).baseline
+    for channel in range(3):
+        for frame in range(4):
+            other = x.clone()
+            other[..., channel, frame] = 255 - other[..., channel, frame]
+            assert not torch.allclose(run(network, other).baseline, before)
+
+
 def test_an_mlp_is_two_tanh_layers_over_the_flattened_observation() -> None:
     network = seeded(vectors(), "mlp")
     weights = network.state_dict()
@@ -124,7 +177,8 @@ def test_an_mlp_is_two_tanh_layers_over_the_flattened_observation() -> None:
     hidden = torch.tanh(x.flatten(1) @ weights["torso.first.weight"].T + weights["torso.first.bias"])
     features = torch.tanh(hidden @ weights["torso.second.weight"].T + weights["torso.second.bias"])
     torch.testing.assert_close(
-        network(x).baseline, (features @ weights["baseline.weight"].T + weights["baseline.bias"])[:, 0]
+        run(network, x).baseline,
+        (features @ weights["baseline.linear.weight"].T + weights["baseline.linear.bias"])[:, 0],
     )
 
 
@@ -139,7 +193,7 @@ def test_an_mlp_reads_bytes_as_numbers_between_0_and_1() -> None:
 @of_every_family
 def test_one_observation_does_not_depend_on_the_others_in_its_batch(name: str) -> None:
     network, x = seeded(spec_for(name), name), observations(spec_for(name))
-    together, alone = network(x), network(x[3:4])
+    together, alone = run(network, x), run(network, x[3:4])
     torch.testing.assert_close(together.logits[3:4], alone.logits, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(together.baseline[3:4], alone.baseline, rtol=1e-4, atol=1e-6)
 
@@ -150,7 +204,7 @@ def test_every_frame_of_the_stack_is_seen(name: str) -> None:
     for frame in range(4):
         other = x.clone()
         other[..., frame] = 255 - other[..., frame]
-        assert not torch.allclose(network(other).baseline, network(x).baseline)
+        assert not torch.allclose(run(network, other).baseline, run(network, x).baseline)
 
 
 # --------------------------------------------------------------------------------------------- precision
@@ -160,9 +214,9 @@ def test_every_frame_of_the_stack_is_seen(name: str) -> None:
 def test_a_bfloat16_torso_is_close_to_float32_and_its_heads_are_float32(name: str) -> None:
     """As the actor runs it: the torso converted, the heads untouched."""
     network, x = seeded(spec_for(name), name), observations(spec_for(name))
-    exact = network(x)
+    exact = run(network, x)
     network.torso.to(torch.bfloat16)
-    rounded = network(x)
+    rounded = run(network, x)
     for ours, wanted in ((rounded.logits, exact.logits), (rounded.baseline, exact.baseline)):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
@@ -173,11 +227,11 @@ def test_a_bfloat16_torso_is_close_to_float32_and_its_heads_are_float32(name: st
 def test_under_autocast_the_torso_is_bfloat16_and_the_heads_are_float32(name: str) -> None:
     """As the learner runs it: float32 weights, and gradients for all of them."""
     network, x = seeded(spec_for(name), name), observations(spec_for(name))
-    exact = network(x)
+    exact = run(network, x)
     dtypes: list[torch.dtype] = []
     network.torso.register_forward_hook(lambda _module, _input, output: dtypes.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        output = network(x)
+        output = run(network, x)
     assert output.logits.dtype == output.baseline.dtype == torch.float32
     assert not torch.equal(output.baseline, exact.baseline), "nothing ran in bfloat16"
     torch.testing.assert_close(
@@ -200,9 +254,9 @@ def test_the_heads_do_not_round_even_inside_autocast() -> None:
             return features
 
     network.torso = Given()
-    exact = network(torch.zeros(4, 1))
+    exact = run(network, torch.zeros(4, 1))
     with torch.autocast("cpu", torch.bfloat16):
-        inside = network(torch.zeros(4, 1))
+        inside = run(network, torch.zeros(4, 1))
     assert torch.equal(inside.logits, exact.logits)
     assert torch.equal(inside.baseline, exact.baseline)
 
@@ -227,7 +281,7 @@ def test_the_same_seed_makes_the_same_weights_and_another_seed_others(name: str)
 @of_every_family
 def test_the_first_policy_is_nearly_uniform(name: str) -> None:
     spec = spec_for(name)
-    probabilities = seeded(spec, name)(observations(spec)).logits.softmax(-1)
+    probabilities = run(seeded(spec, name), observations(spec)).logits.softmax(-1)
     assert (probabilities * spec.num_actions - 1).abs().max() < 0.1
 
 
@@ -239,7 +293,7 @@ def test_weights_are_orthogonal_with_the_gain_of_their_place() -> None:
         (torso.convolutions[0].weight, math.sqrt(2)),
         (torso.linear.weight, math.sqrt(2)),
         (network.policy.weight, 0.01),
-        (network.baseline.weight, 1.0),
+        (network.baseline.linear.weight, 1.0),
     ):
         assert isinstance(weight, Tensor)
         rows = weight.detach().flatten(1)
@@ -261,7 +315,7 @@ def test_auto_is_shallow_for_images_and_mlp_for_vectors() -> None:
 @of_every_family
 def test_every_family_gives_one_output_per_action_and_one_baseline_per_observation(name: str) -> None:
     spec = spec_for(name)
-    output = seeded(spec, name)(observations(spec, 3))
+    output = run(seeded(spec, name), observations(spec, 3))
     assert output.logits.shape == (3, spec.num_actions)
     assert output.baseline.shape == (3,)
 
@@ -272,7 +326,7 @@ def test_every_family_gives_one_output_per_action_and_one_baseline_per_observati
         ("shalow", "did you mean shallow?"),
         ("natur", "did you mean nature?"),
         ("aut", "did you mean auto?"),
-        ("xyz", "allowed are auto, shallow, nature, mlp or package.module:factory"),
+        ("xyz", "allowed are auto, shallow, nature, deep, mlp or package.module:factory"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_closest_one(name: str, hint: str) -> None:
@@ -301,7 +355,7 @@ def test_a_network_of_the_users_own_is_found_by_package_and_name() -> None:
     network = make_network(vectors(), NetworkConfig(name=name))
     assert type(network.torso).__name__ == "Doubled"
     assert network.torso.seen == ("CartPole-v1", name)
-    assert network(observations(vectors())).logits.shape == (8, 3)
+    assert run(network, observations(vectors())).logits.shape == (8, 3)
 
 
 @pytest.mark.parametrize(
@@ -326,11 +380,8 @@ def test_a_convolution_on_vectors_is_refused_by_naming_both_knobs(name: str) -> 
 def test_frames_that_are_just_large_enough_fit_and_smaller_ones_are_refused(name: str, side: int) -> None:
     # shallow needs 4 after its first layer: 8 + 3 x 4 = 20; nature needs 3 after its second, so 8 after its
     # first: 8 + 7 x 4 = 36.
-    assert (
-        make_network(images(side, side), NetworkConfig(name=name))(observations(images(side, side)))
-        .logits.isfinite()
-        .all()
-    )
+    network = make_network(images(side, side), NetworkConfig(name=name))
+    assert run(network, observations(images(side, side))).logits.isfinite().all()
     for height, width in ((side - 1, side), (side, side - 1)):
         with pytest.raises(ValueError, match=r"env\.frame_height and env\.frame_width larger"):
             make_network(images(height, width), NetworkConfig(name=name))
