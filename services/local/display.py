@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from services.ops.figures import PodPhase, PodStatus, Snapshot, plain_fields
+from services.local.formats import columns, duration, figure, number, percent, sparkline
+from services.local.task_rows import task_rows
+from services.ops.figures import PodPhase, PodStatus, Replay, Snapshot, plain_fields
 from services.ops.logging import EventLogger, format_value, get_logger
 
 LABEL_WIDTH = len("paramserver")
@@ -56,7 +57,7 @@ def _progress_line(snapshot: Snapshot, width: int) -> RenderableType:
     line.add_column(ratio=1)
     line.add_column(justify="right", no_wrap=True)
     line.add_column(justify="right", no_wrap=True, style="dim")
-    counts = f"{_number(snapshot.steps or 0)} of {_number(snapshot.run.total_steps)} steps"
+    counts = f"{number(snapshot.steps or 0)} of {number(snapshot.run.total_steps)} steps"
     line.add_row(
         ProgressBar(
             total=1.0,
@@ -77,7 +78,7 @@ def _remaining(snapshot: Snapshot) -> str:
     if _all_stopped(snapshot):
         return "stopped"
     if snapshot.eta_s is not None:
-        return f"{_duration(snapshot.eta_s)} left"
+        return f"{duration(snapshot.eta_s)} left"
     return "waiting" if snapshot.steps else "starting"
 
 
@@ -85,36 +86,38 @@ def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = [
         (
             "speed",
-            _figures(
-                (_number(snapshot.steps_per_s), "steps/s"),
-                (_number(snapshot.frames_per_s), "frames/s"),
-                (_duration(snapshot.elapsed_s), "elapsed"),
+            columns(
+                (number(snapshot.steps_per_s), "steps/s"),
+                (number(snapshot.frames_per_s), "frames/s"),
+                (duration(snapshot.elapsed_s), "elapsed"),
             ),
         ),
         ("return", _return_line(snapshot, width)),
+        *task_rows(snapshot, width),
         (
             "learner",
-            _figures(
-                (_percent(snapshot.wait_ratio), "waiting"),
-                (f"{_number(snapshot.queue_depth)}/{_number(snapshot.queue_capacity)}", "queued"),
-                (_number(snapshot.policy_version), "version"),
+            columns(
+                (percent(snapshot.wait_ratio), "waiting"),
+                (f"{number(snapshot.queue_depth)}/{number(snapshot.queue_capacity)}", "queued"),
+                (number(snapshot.policy_version), "version"),
             ),
         ),
-        ("lag", _figures((_figure(snapshot.lag_mean), "mean"), (_number(snapshot.lag_max), "at most"))),
+        ("lag", columns((figure(snapshot.lag_mean), "mean"), (number(snapshot.lag_max), "at most"))),
         (
             "loss",
-            _figures(
-                *((_figure(snapshot.losses.get(term)), term) for term in ("total", "policy", "baseline")),
+            columns(
+                *((figure(snapshot.losses.get(term)), term) for term in ("total", "policy", "baseline")),
             ),
         ),
         (
             "",
-            _figures(
-                (_figure(snapshot.entropy), "entropy"),
-                (_figure(snapshot.grad_norm), "grad norm"),
-                (_figure(snapshot.learning_rate), "lr"),
+            columns(
+                (figure(snapshot.entropy), "entropy"),
+                (figure(snapshot.grad_norm), "grad norm"),
+                (figure(snapshot.learning_rate), "lr"),
             ),
         ),
+        *_replay_rows(snapshot.replay),
         ("saved", _saved(snapshot)),
         ("", Text()),
         *_pod_rows(snapshot.pods),
@@ -134,26 +137,30 @@ def _saved(snapshot: Snapshot) -> Text:
         return Text("in checkpoints/", style="dim")
     if snapshot.checkpoint_age_s is None:
         return Text("no checkpoint yet", style="dim")
-    return _figures((_duration(snapshot.checkpoint_age_s), "ago"))
+    return columns((duration(snapshot.checkpoint_age_s), "ago"))
 
 
 def _return_line(snapshot: Snapshot, width: int) -> Text:
     if snapshot.episode_return is None:
         return Text("no episode yet", style="dim")
-    room = max(0, min(48, width - 14))
-    return Text.assemble(
-        (f"{_figure(snapshot.episode_return):>9}", "bold"), "  ", (sparkline(snapshot.returns, room), "cyan")
+    line = Text(f"{figure(snapshot.episode_return):>9}", style="bold")
+    if len(snapshot.task_returns) == 1:
+        for score in snapshot.task_scores.values():
+            line = Text.assemble(line, f"{percent(score / 100):>9}", (" human", "dim"))
+    room = max(0, min(48, width - len(line) - 5))
+    return Text.assemble(line, "  ", (sparkline(snapshot.returns, room), "cyan"))
+
+
+def _replay_rows(replay: Replay | None) -> list[tuple[str, Text]]:
+    if replay is None:
+        return []
+    full = percent(replay.steps / replay.capacity if replay.capacity else None)
+    row = columns(
+        (f"{number(replay.size_bytes / 1e6)} MB", f"{full} full"),
+        (figure(replay.age_versions), "mean age"),
+        (percent(replay.rejected_ratio), "rejected"),
     )
-
-
-def _figures(*pairs: tuple[str, str]) -> Text:
-    """Values right-aligned in columns of one width, so that rows line up and do not jump."""
-    text = Text()
-    for value, unit in pairs:
-        text.append(f"{value:>9}")
-        text.append(f" {unit:<11}", style="dim")
-    text.rstrip()
-    return text
+    return [("replay", row)]
 
 
 PHASE_STYLES: Mapping[PodPhase, str] = {
@@ -175,8 +182,8 @@ def _pod_rows(pods: Sequence[PodStatus]) -> list[tuple[str, Text]]:
         restarts = sum(pod.restarts for pod in group)
         text = Text()
         for phase, style in PHASE_STYLES.items():
-            number = sum(pod.phase == phase for pod in group)
-            text.append("●" * min(number, 16), style=style)
+            count = sum(pod.phase == phase for pod in group)
+            text.append("●" * min(count, 16), style=style)
         text.append(f" {up} of {len(group)} up" if len(group) > 1 else f" {group[0].phase}")
         if memory_bytes:
             text.append(f"   {memory_bytes / 1e6:,.0f} MB", style="dim")
@@ -184,59 +191,6 @@ def _pod_rows(pods: Sequence[PodStatus]) -> list[tuple[str, Text]]:
             text.append(f"   {restarts} restart{'s' if restarts > 1 else ''}", style="yellow")
         rows.append((role if len(group) == 1 else f"{role}s", text))
     return rows
-
-
-SPARKS = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """``values`` as at most ``width`` characters between their least and their greatest."""
-    if not values or width < 1:
-        return ""
-    columns = min(width, len(values))
-    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    if high == low:
-        return SPARKS[0] * columns
-    return "".join(SPARKS[round((mean - low) / (high - low) * (len(SPARKS) - 1))] for mean in means)
-
-
-def _number(value: float | None) -> str:
-    """1234567 -> 1,234,567."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if math.isfinite(value) else "many"
-
-
-def _figure(value: float | None) -> str:
-    """About four digits, without jumping between notations."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return str(value)
-    size = abs(value)
-    if size != 0 and (size >= 1e6 or size < 1e-3):
-        return f"{value:.2e}"
-    decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
-    return f"{value:,.{decimals}f}"
-
-
-def _percent(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{100 * ratio:.0f} %"
-
-
-def _duration(seconds: float | None) -> str:
-    """75 -> 1:15; 3675 -> 1:01:15; days from 48 hours."""
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    if hours:
-        return f"{hours}:{minutes:02d}:{whole % 60:02d}"
-    return f"{minutes}:{whole % 60:02d}"
 
 
 class Progress(Protocol):

@@ -44,6 +44,20 @@ class PodStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """The replay memory of a run that has one."""
+
+    steps: int
+    """Agent steps held."""
+    capacity: int | None
+    size_bytes: float
+    age_versions: float | None
+    """Mean, of what was last replayed."""
+    rejected_ratio: float | None
+    """Share of trained steps outside of the trust region."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """All figures of a run at one moment. None: not known (yet)."""
 
@@ -57,6 +71,12 @@ class Snapshot:
     """Mean over tasks of the mean return of recent episodes."""
     returns: tuple[float, ...] = ()
     """Its course since the launcher started."""
+    task_returns: Mapping[str, float | None] = field(default_factory=dict)
+    """Of each task by itself; None before its first episode has ended."""
+    task_scores: Mapping[str, float] = field(default_factory=dict)
+    """The same in percent from random to human, where both are known."""
+    suite_scores: Mapping[str, float] = field(default_factory=dict)
+    """Over several tasks: `mean`, `median` and, no task counting for more than 100, `mean_capped`."""
     lag_mean: float | None = None
     lag_max: float | None = None
     wait_ratio: float | None = None
@@ -67,6 +87,7 @@ class Snapshot:
     entropy: float | None = None
     grad_norm: float | None = None
     learning_rate: float | None = None
+    replay: Replay | None = None
     policy_version: int | None = None
     checkpoint_age_s: float | None = None
     troubles: Mapping[str, int] = field(default_factory=dict)
@@ -113,6 +134,9 @@ def take_snapshot(
         eta_s=max(0.0, run.total_steps - steps) / steps_per_s if steps is not None and steps_per_s else None,
         episode_return=sum(task_returns.values()) / len(task_returns) if task_returns else None,
         returns=returns,
+        task_returns=dict.fromkeys(now.by_label("impala_learner_task_steps_total", "task")) | task_returns,
+        task_scores=now.by_label("impala_human_normalised_score", "task"),
+        suite_scores=_suite_scores(now),
         lag_mean=lag_mean,
         lag_max=lag_max,
         wait_ratio=None if wait_ratio is None else min(1.0, wait_ratio),
@@ -126,6 +150,7 @@ def take_snapshot(
         entropy=_known(now.get("impala_learner_entropy")),
         grad_norm=_known(now.get("impala_learner_grad_norm")),
         learning_rate=_known(now.get("impala_learner_learning_rate")),
+        replay=_replay(now),
         policy_version=None if version is None or version < 0 else version,
         checkpoint_age_s=max(0.0, unix_time_s - saved_at_s) if saved_at_s else None,
         troubles=_troubles(now),
@@ -141,6 +166,29 @@ def _lag(now: Scrape, increase: Increase) -> tuple[float | None, float | None]:
     edges = sorted(now.by_label(f"{name}_bucket", "le"), key=float)
     reached = (edge for edge in edges if (increase(f"{name}_bucket", le=edge) or 0.0) >= count)
     return total / count, float(next(reached, "inf"))
+
+
+def _suite_scores(now: Scrape) -> dict[str, float]:
+    name = "impala_suite_human_normalised_score"
+    scores = {
+        "mean": now.get(name, statistic="mean", capped="false"),
+        "median": now.get(name, statistic="median", capped="false"),
+        "mean_capped": now.get(name, statistic="mean", capped="true"),
+    }
+    return {statistic: score for statistic, score in scores.items() if score is not None}
+
+
+def _replay(now: Scrape) -> Replay | None:
+    steps = now.get("impala_learner_replay_steps")
+    if steps is None:
+        return None
+    return Replay(
+        steps=int(steps),
+        capacity=_whole(now.get("impala_learner_replay_capacity")),
+        size_bytes=now.get("impala_learner_replay_bytes") or 0.0,
+        age_versions=_known(now.get("impala_learner_replay_age_versions")),
+        rejected_ratio=_known(now.get("impala_learner_replay_rejected_ratio")),
+    )
 
 
 def _troubles(now: Scrape) -> dict[str, int]:
@@ -214,6 +262,7 @@ class History:
 
 def plain_fields(snapshot: Snapshot) -> dict[str, object]:
     """The figures of a log line; what is not known is left out."""
+    is_single, replay = len(snapshot.task_returns) == 1, snapshot.replay
     fields: dict[str, object] = {
         "steps": snapshot.steps,
         "total_steps": snapshot.run.total_steps,
@@ -221,6 +270,8 @@ def plain_fields(snapshot: Snapshot) -> dict[str, object]:
         "frames_per_s": _rounded(snapshot.frames_per_s),
         "eta_s": _rounded(snapshot.eta_s),
         "episode_return": snapshot.episode_return,
+        "human_normalised": next(iter(snapshot.task_scores.values()), None) if is_single else None,
+        **{f"human_normalised_{statistic}": score for statistic, score in snapshot.suite_scores.items()},
         "lag_mean": snapshot.lag_mean,
         "lag_max": snapshot.lag_max,
         "learner_wait_ratio": snapshot.wait_ratio,
@@ -229,6 +280,10 @@ def plain_fields(snapshot: Snapshot) -> dict[str, object]:
         **{f"loss_{term}": value for term, value in snapshot.losses.items()},
         "entropy": snapshot.entropy,
         "grad_norm": snapshot.grad_norm,
+        "replay_steps": replay and replay.steps,
+        "replay_age_versions": replay and replay.age_versions,
+        "replay_rejected_ratio": replay and replay.rejected_ratio,
+        "replay_mb": replay and _rounded(replay.size_bytes / 1e6),
         "policy_version": snapshot.policy_version,
         "checkpoint_age_s": _rounded(snapshot.checkpoint_age_s),
         **{kind.replace(" ", "_"): count for kind, count in snapshot.troubles.items()},

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from services.local.display import SPARKS, LiveProgress, PlainProgress, render, sparkline
-from services.ops.figures import PodPhase, PodStatus, RunInfo, Snapshot
+from services.local.display import LiveProgress, PlainProgress, render
+from services.local.formats import SPARKS, sparkline
+from services.ops.figures import PodPhase, PodStatus, Replay, RunInfo, Snapshot
 from services.ops.logging import get_logger
 
 RUN = RunInfo(
@@ -56,16 +57,29 @@ def drawn(snapshot: Snapshot, width: int = 80) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize("snapshot", [FULL, EMPTY], ids=["full", "empty"])
+GAMES = ("Pong", "Breakout", "Skiing", "MontezumaRevenge")
+MANY = replace(
+    FULL,
+    task_returns={f"ALE/{game}-v5": 1234.5 for game in GAMES},
+    task_scores={f"ALE/{game}-v5": 123.4 for game in GAMES},
+    suite_scores={"mean": 4321.0, "median": 55.5, "mean_capped": 44.4},
+    replay=Replay(
+        steps=190_000, capacity=200_000, size_bytes=1234.4e6, age_versions=123.456, rejected_ratio=0.034
+    ),
+)
+
+
+@pytest.mark.parametrize("snapshot", [FULL, EMPTY, MANY], ids=["full", "empty", "many"])
 @pytest.mark.parametrize("width", [20, 34, 60, 80, 120])
 def test_every_line_has_the_width_that_it_was_given(snapshot: Snapshot, width: int) -> None:
     lines = drawn(snapshot, width).splitlines()
     assert {len(line) for line in lines} == {width}
 
 
+@pytest.mark.parametrize("snapshot", [FULL, MANY], ids=["full", "many"])
 @pytest.mark.parametrize("width", [80, 120])
-def test_nothing_is_cut_off_in_a_usual_terminal(width: int) -> None:
-    assert "…" not in drawn(FULL, width)
+def test_nothing_is_cut_off_in_a_usual_terminal(snapshot: Snapshot, width: int) -> None:
+    assert "…" not in drawn(snapshot, width)
 
 
 def test_all_figures_are_shown() -> None:
@@ -98,6 +112,36 @@ def test_all_figures_are_shown() -> None:
         assert figure in text, figure
 
 
+def test_replay_is_one_row() -> None:
+    assert "replay        1,234 MB 95 % full      123.5 mean age         3 % rejected" in drawn(MANY)
+    assert "replay" not in drawn(FULL)
+
+
+def test_a_replay_that_has_only_begun_has_dashes() -> None:
+    begun = Replay(steps=0, capacity=None, size_bytes=0.0, age_versions=None, rejected_ratio=None)
+    text = drawn(replace(FULL, replay=begun))
+    assert "0 MB – full" in text
+    assert "– mean age" in text
+    assert "– rejected" in text
+
+
+def test_several_tasks_stand_below_the_mean_of_their_returns() -> None:
+    lines = drawn(MANY).splitlines()
+    (at,) = (number for number, line in enumerate(lines) if "return  " in line)
+    assert "18.32  ▁" in lines[at]
+    assert lines[at + 1].startswith("│ tasks        Pong-v5 ")
+    assert "learner " in lines[at + 1 + len(GAMES) + 1]
+    assert "4,321 % mean            56 % median          44 % mean capped" in lines[at + 1 + len(GAMES)]
+
+
+def test_a_single_game_has_its_score_beside_its_return() -> None:
+    one = replace(FULL, task_returns={"ALE/Pong-v5": 18.32}, task_scores={"ALE/Pong-v5": 110.54})
+    text = drawn(one)
+    assert "18.32    111 % human  ▁" in text
+    assert text.count("\n") == drawn(FULL).count("\n")
+    assert "18.32  ▁" in drawn(replace(one, task_scores={}))
+
+
 def test_what_is_not_known_yet_is_a_dash_and_not_a_zero() -> None:
     text = drawn(EMPTY)
     assert "– steps/s" in text
@@ -127,6 +171,7 @@ def test_the_picture_keeps_its_height_while_figures_come_in() -> None:
         ({"episode_return": 123456.0}, "123,456"),
         ({"episode_return": 1.5e9}, "1.50e+09"),
         ({"pods": (pod("learner", "silent"),)}, "● silent"),
+        ({"wait_ratio": -0.001}, " 0 % waiting"),
     ],
 )
 def test_unusual_values_have_a_form(change: dict[str, object], shown: str) -> None:

@@ -12,12 +12,13 @@ from services.ops.figures import (
     RATE_WINDOW_S,
     History,
     PodStatus,
+    Replay,
     RunInfo,
     Snapshot,
     plain_fields,
     take_snapshot,
 )
-from services.ops.metrics import LearnerMetrics
+from services.ops.metrics import LearnerMetrics, ReplayMetrics
 from services.ops.scrape import Scrape, parse_metrics
 
 RUN = RunInfo(env_id="ALE/Pong-v5", total_steps=10_000, frame_skip=4, run_dir=Path("runs/x"))
@@ -201,3 +202,68 @@ def test_figures_that_the_learner_has_not_reported_yet_are_unknown(learner: Fake
     assert dict(snapshot.losses) == {}
     assert (snapshot.entropy, snapshot.grad_norm, snapshot.learning_rate) == (None, None, None)
     assert not {"loss_total", "entropy", "grad_norm"} & set(plain_fields(snapshot))
+
+
+# --- several tasks, and replay -----------------------------------------------------------------------
+
+
+def test_every_task_is_known_before_it_has_a_return(learner: FakeLearner) -> None:
+    for task in ("ALE/Pong-v5", "catch"):
+        learner.metrics.task_steps.labels(task)
+    learner.metrics.episode_return.labels("catch").set(0.5)
+    snapshot = take_snapshot(RUN, None, learner.scrape(100.0))
+    assert list(snapshot.task_returns.items()) == [("ALE/Pong-v5", None), ("catch", 0.5)]
+    assert snapshot.episode_return == 0.5
+    assert (snapshot.task_scores, snapshot.suite_scores) == ({}, {})
+
+
+def test_scores_of_tasks_and_of_their_suite_are_read(learner: FakeLearner) -> None:
+    for task, score in (("pong", 50.0), ("breakout", 1100.0)):
+        learner.metrics.task_steps.labels(task)
+        learner.metrics.human_normalised_score.labels(task).set(score)
+    suite = learner.metrics.suite_human_normalised_score
+    for number, (statistic, capped) in enumerate(
+        [("mean", "false"), ("median", "false"), ("mean", "true"), ("median", "true")]
+    ):
+        suite.labels(statistic, capped).set(number)
+    snapshot = take_snapshot(RUN, None, learner.scrape(100.0))
+    assert snapshot.task_scores == {"pong": 50.0, "breakout": 1100.0}
+    assert snapshot.suite_scores == {"mean": 0, "median": 1, "mean_capped": 2}
+    fields = plain_fields(snapshot)
+    assert (fields["human_normalised_mean"], fields["human_normalised_median"]) == (0, 1)
+    assert fields["human_normalised_mean_capped"] == 2
+    assert "human_normalised" not in fields
+
+
+def test_a_single_task_has_its_score_in_the_log_line(learner: FakeLearner) -> None:
+    learner.metrics.task_steps.labels("pong")
+    assert "human_normalised" not in plain_fields(take_snapshot(RUN, None, learner.scrape(100.0)))
+    learner.metrics.human_normalised_score.labels("pong").set(50.0)
+    fields = plain_fields(take_snapshot(RUN, None, learner.scrape(101.0)))
+    assert fields["human_normalised"] == 50.0
+
+
+def test_replay_is_read_where_there_is_any(learner: FakeLearner) -> None:
+    assert take_snapshot(RUN, None, learner.scrape(100.0)).replay is None
+    metrics = ReplayMetrics(learner.registry)
+    begun = take_snapshot(RUN, None, learner.scrape(101.0))
+    assert begun.replay == Replay(
+        steps=0, capacity=None, size_bytes=0, age_versions=None, rejected_ratio=None
+    )
+    assert {key for key in plain_fields(begun) if "replay" in key} == {"replay_steps", "replay_mb"}
+    metrics.steps.set(150_000)
+    metrics.capacity.set(200_000)
+    metrics.size_bytes.set(12.4e6)
+    metrics.age_versions.set(321.5)
+    metrics.rejected_ratio.set(0.25)
+    snapshot = take_snapshot(RUN, None, learner.scrape(102.0))
+    assert snapshot.replay == Replay(
+        steps=150_000, capacity=200_000, size_bytes=12.4e6, age_versions=321.5, rejected_ratio=0.25
+    )
+    fields = plain_fields(snapshot)
+    assert {key: fields[key] for key in fields if "replay" in key} == {
+        "replay_steps": 150_000,
+        "replay_age_versions": 321.5,
+        "replay_rejected_ratio": 0.25,
+        "replay_mb": 12,
+    }
