@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # torch only after the threads are limited
     from torch import nn
 
     from services.learner.checkpoint import Checkpoint
-    from services.learner.replay import Replay
     from services.learner.episodes import Episodes
+    from services.learner.replay import Replay
     from services.learner.trainer import Trainer
     from services.wire import codec
     from services.wire.messages import ArraySpec, Weights
@@ -47,11 +47,11 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
 
     from services.learner.batch import Batcher, message_bytes, rollout_schema
     from services.learner.checkpoint import CheckpointStore
+    from services.learner.episodes import Episodes
     from services.learner.group import Group
     from services.learner.intake import Freshness, Intake, RolloutQueue
     from services.learner.loop import LearnerLoop
     from services.learner.publisher import Publisher, WeightsCopier
-    from services.learner.episodes import Episodes
     from services.learner.report import Reporter
     from services.learner.trainer import Trainer, TrainingDivergedError
     from services.rl import precision
