@@ -90,10 +90,10 @@ def test_a_single_task_is_ranked_by_its_return(task_id: str) -> None:
 
 
 def test_games_are_ranked_by_their_mean_human_normalised_score() -> None:
-    episodes = Episodes(["ALE/Breakout-v5", "ALE/Pong-v5"])
-    episodes.add(0, episode(318.5))  # 1100 %
-    episodes.add(1, episode(-3.05))  # 50 %
-    assert ranked_by(episodes) == pytest.approx(575.0)
+    episodes = Episodes(["ALE/Breakout-v5", "ALE/Pong-v5", "ALE/Skiing-v5"])
+    for task, score in enumerate((318.5, -3.05, -29859.3)):  # 1100, 50 and -100 %
+        episodes.add(task, episode(score))
+    assert ranked_by(episodes) == pytest.approx(350.0)
 
 
 def test_tasks_of_which_one_has_no_such_score_are_ranked_by_their_returns_each_counting_alike() -> None:
