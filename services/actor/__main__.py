@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from services.config import RunConfig
 from services.ops import logging, pod
+from services.ops.beside import build_beside
 from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import ActorMetrics
 from services.ops.threads import limit_threads
-
-T = TypeVar("T")
 
 STOP_S = 5.0
 POLL_S = 0.25
@@ -35,15 +33,15 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     import torch
 
     from services.actor.loop import ActorLoop, Half
-    from services.actor.weights import WeightsClient
     from services.rl import precision
     from services.rl.actions import Discrete
     from services.rl.networks import make_network
-    from services.rl.policy import Policy, mismatch
+    from services.rl.policy import Policy, decode_weights
     from services.rl.tasks import Deal, deal, tasks_of, tasks_spec
     from services.wire import codec
     from services.wire.messages import Client
     from services.wire.sockets import Requester, RolloutSender
+    from services.wire.subscriber import Subscriber
 
     torch.set_num_threads(config.actor.inference_threads)
     torch.set_num_interop_threads(1)
@@ -58,11 +56,12 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     heartbeat = Heartbeat()
     client = Client(client_id=actor_id, incarnation=time.time_ns())
     expected = codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes)
-    weights = WeightsClient(
+    weights = Subscriber(
         connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
         client=client,
         expected=expected,
-        mismatch=partial(mismatch, network),
+        decode=partial(decode_weights, network),
+        wants_seat=True,
         hold_s=config.paramserver.hold_s,
         interval_s=config.actor.weights_interval_s,
         stopping=lifecycle.stopping,
@@ -91,7 +90,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             dtype=precision.resolve(config.actor.precision, torch.device("cpu")),
             seed=hash((config.seed, weights.seat, client.incarnation)) % 2**63,
         )
-        policy.load(snapshot.version, snapshot.tensors)
+        policy.load(snapshot.version, snapshot.weights)
         metrics.weights_version.set(snapshot.version)
 
         def build(dealt: Deal, seed: int) -> Half:
@@ -104,7 +103,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
                 seed,
                 tasks=dealt.tasks,
                 memory=policy.new_memory(env.num_envs),
-                reads_instructions=network.instructions is not None,
+                reads_instructions=policy.reads_instructions,
             )
 
         dealt = deal(weights.seat, config.actor.num_envs, len(tasks))
@@ -150,29 +149,6 @@ def env_seeds(config: RunConfig, seat: int) -> tuple[int, int]:
     """One per half. Seats that are held at the same time never share an environment's seed."""
     first = config.seed * 1_000_003 + seat * config.actor.num_envs
     return first % 2**31, (first + config.actor.num_envs // 2) % 2**31
-
-
-def build_beside(lifecycle: Lifecycle, heartbeat: Heartbeat, builders: Sequence[Callable[[], T]]) -> list[T]:
-    """Build in a thread while this one beats: loading hundreds of emulators is neither being stuck nor deaf.
-
-    When the pod is stopped meanwhile, what is there by then.
-    """
-    built: list[T] = []
-    failures: list[Exception] = []
-
-    def work() -> None:
-        try:
-            built.extend(build() for build in builders)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the main thread has the word for it)
-            failures.append(error)
-
-    building = lifecycle.thread("environments", work)
-    while building.is_alive() and not lifecycle.stopping.is_set():
-        heartbeat.beat()
-        building.join(POLL_S)
-    if failures:
-        raise failures[0]
-    return list(built)
 
 
 if __name__ == "__main__":

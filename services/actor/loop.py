@@ -1,6 +1,6 @@
 """The actor's loop: environments x policy -> rollouts.
 
-    consumes   weights (the newest that ``weights.WeightsClient`` holds), read once per unroll
+    consumes   weights (the newest that ``wire.subscriber`` holds), read once per unroll
     produces   one ``Rollout`` per environment and unroll, pushed to whichever learner has room
     waits for  an environment half to finish its step; a learner to have room (counted as send_blocked)
     may drop   the unroll in hand, when the pod stops
@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from services.actor.weights import WeightsClient
 from services.ops.health import Heartbeat
 from services.ops.metrics import ActorMetrics
 from services.rl.envs import EnvSpec, Transition, VectorEnv
@@ -33,6 +33,7 @@ from services.rl.policy import Memory, Policy
 from services.wire import codec
 from services.wire.messages import NO_VERSION, Client, Episode, PackedArray, Rollout
 from services.wire.sockets import RolloutSender
+from services.wire.subscriber import Subscriber
 
 SEND_POLL_S = 0.25
 IDLE_S = 0.25
@@ -182,7 +183,7 @@ class ActorLoop:
         *,
         halves: Sequence[Half],
         policy: Policy,
-        weights: WeightsClient,
+        weights: Subscriber[Mapping[str, Tensor]],
         sender: RolloutSender,
         packer: codec.Packer,
         run_id: str,
@@ -238,7 +239,7 @@ class ActorLoop:
         started_s = time.perf_counter()
         newest = self._weights.newest
         if newest is not None and newest.version != self._policy.version:
-            self._policy.load(newest.version, newest.tensors)
+            self._policy.load(newest.version, newest.weights)
             self._metrics.weights_version.set(newest.version)
         self._seconds["weights"].inc(time.perf_counter() - started_s)
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from services.rl.actions import Discrete
@@ -31,6 +33,18 @@ def mismatch(network: ActorCritic, tensors: Mapping[str, Tensor]) -> str | None:
         return None
     name = wrong[0]
     return f"{name} has shape {given.get(name, 'none')}, the network's has {own.get(name, 'none')}"
+
+
+def decode_weights(network: ActorCritic, payload: bytes) -> Mapping[str, Tensor]:
+    """Published weights by name; ValueError if they are damaged or another network's."""
+    try:
+        tensors = safetensors.torch.load(payload)
+    except (SafetensorError, KeyError, TypeError) as error:
+        # safetensors.torch raises more than its own error for what its parser lets pass
+        raise ValueError(f"not safetensors: {error}") from None
+    if (wrong := mismatch(network, tensors)) is not None:
+        raise ValueError(f"weights of another network: {wrong}")
+    return tensors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +84,11 @@ class Policy:
         """Take over new weights, whatever their dtype. Their names and shapes have been checked."""
         self._network.load_state_dict(tensors)
         self.version = version
+
+    @property
+    def reads_instructions(self) -> bool:
+        """``act`` needs what the environments say."""
+        return self._network.instructions is not None
 
     def new_memory(self, num_envs: int) -> Memory | None:
         """Before the first step of ``num_envs`` environments; None if this policy remembers nothing."""

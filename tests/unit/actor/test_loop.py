@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from services.actor.loop import ActorLoop, Half
-from services.actor.weights import Snapshot
 from services.config import EnvConfig, NetworkConfig
 from services.ops.metrics import ActorMetrics
 from services.rl.actions import Discrete
@@ -25,6 +24,7 @@ from services.rl.networks import Inputs, make_network
 from services.rl.policy import Policy
 from services.wire.codec import Unpacker
 from services.wire.messages import Buffer, Rollout
+from services.wire.subscriber import Snapshot
 from tests.unit.rl.roundtrip import (
     ACTIONS,
     HeldWeights,
@@ -201,7 +201,7 @@ class Newer(Outbox):
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         version = 0 if self._weights.newest is None else self._weights.newest.version
-        self._weights.newest = Snapshot(version=version + 1, tensors={}, received_s=0.0)
+        self._weights.newest = Snapshot(version=version + 1, steps=0, weights={}, received_s=0.0)
         return super().send(frames, timeout_s)
 
 
@@ -223,7 +223,7 @@ def test_a_rollout_is_acted_by_exactly_the_policy_version_that_it_names() -> Non
 
 def test_weights_that_are_not_newer_are_not_loaded_again() -> None:
     stopping, weights = threading.Event(), HeldWeights()
-    weights.newest = Snapshot(version=0, tensors={}, received_s=0.0)
+    weights.newest = Snapshot(version=0, steps=0, weights={}, received_s=0.0)
 
     class Counting(ByVersion):
         loads = 0

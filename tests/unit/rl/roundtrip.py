@@ -9,7 +9,7 @@ things up in a table gives every observation a known value and every gradient te
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
 from services.actor.loop import ActorLoop, Half
-from services.actor.weights import Snapshot, WeightsClient
 from services.config import PopArtConfig, RunConfig
 from services.learner.batch import Batch, Batcher, rollout_schema
 from services.learner.group import Group
@@ -36,6 +35,7 @@ from services.rl.popart import PopArt
 from services.wire import codec
 from services.wire.messages import Buffer, Client, Episode, Rollout, RunState
 from services.wire.sockets import RolloutReceiver, RolloutSender
+from services.wire.subscriber import Snapshot, Subscriber
 
 RUN = "run"
 LIMIT = 1 << 24
@@ -217,9 +217,9 @@ class Outbox:
 
 @dataclass
 class HeldWeights:
-    """Stands for the weights client: a test puts the newest here."""
+    """Stands for the subscriber: a test puts the newest here."""
 
-    newest: Snapshot | None = None
+    newest: Snapshot[Mapping[str, Tensor]] | None = None
     state: RunState = "training"
 
 
@@ -235,7 +235,7 @@ def actor_loop(
     return ActorLoop(
         halves=halves,
         policy=cast(Policy, policy),
-        weights=cast(WeightsClient, weights or HeldWeights()),
+        weights=cast(Subscriber[Mapping[str, Tensor]], weights or HeldWeights()),
         sender=cast(RolloutSender, sender),
         packer=codec.Packer("zstd"),
         run_id=RUN,

@@ -1,4 +1,4 @@
-"""The actor always has the newest weights and its seat, whatever the parameter server does."""
+"""Whoever plays always has the newest weights, and an actor its seat, whatever the parameter server does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
 
-from services.actor import weights as weights_module
-from services.actor.weights import WeightsClient
+from services.wire import subscriber as subscriber_module
 from services.wire.codec import encode
 from services.wire.messages import (
     NO_SEAT,
@@ -27,6 +25,7 @@ from services.wire.messages import (
     RunState,
     Weights,
 )
+from services.wire.subscriber import Subscriber
 from tests.unit.learner.fake_server import DEADLINE_S, EXPECTED, RUN, FakeServer
 from tests.unit.learner.waiting import until
 
@@ -35,17 +34,27 @@ HOLD_S = 0.25
 BEHIND_S = 0.6
 
 
+def decode(payload: bytes) -> int:
+    """The tests' weights are a number in words."""
+    if not payload.startswith(b"weights "):
+        raise ValueError("no weights")
+    return int(payload.removeprefix(b"weights "))
+
+
 class Scene:
     """A client in its thread, and the server that it talks to."""
 
-    def __init__(self, directory: Path, hold_s: float = 30.0, interval_s: float = 0.0) -> None:
+    def __init__(
+        self, directory: Path, hold_s: float = 30.0, interval_s: float = 0.0, wants_seat: bool = True
+    ) -> None:
         self.server = FakeServer(directory)
         self.stopping = threading.Event()
-        self.client = WeightsClient(
+        self.client = Subscriber(
             connect=self.server.connect,
             client=ACTOR,
             expected=EXPECTED,
-            mismatch=lambda tensors: None if list(tensors) == ["weight"] else "no weight",
+            decode=decode,
+            wants_seat=wants_seat,
             hold_s=hold_s,
             interval_s=interval_s,
             stopping=self.stopping,
@@ -60,8 +69,7 @@ class Scene:
         with_payload: bool = True,
         state: RunState = "training",
     ) -> None:
-        """The weights are full of their version's number."""
-        payload = safetensors.torch.save({"weight": torch.full((3,), float(version))})
+        """The weights are ten times their version's number."""
         self.server.answer(
             Weights(
                 run_id=RUN,
@@ -70,14 +78,14 @@ class Scene:
                 version=version,
                 steps=max(0, version) * 640,
                 seats=seats,
-                payload=payload if with_payload else None,
+                payload=b"weights %d" % (10 * version) if with_payload else None,
             )
         )
 
-    def newest(self) -> tuple[int, float] | None:
-        """(version, the number in its weights)."""
+    def newest(self) -> tuple[int, int] | None:
+        """(version, its weights)."""
         snapshot = self.client.newest
-        return None if snapshot is None else (snapshot.version, float(snapshot.tensors["weight"][0]))
+        return None if snapshot is None else (snapshot.version, snapshot.weights)
 
     def stop(self) -> None:
         self.stopping.set()
@@ -94,7 +102,7 @@ def make() -> Iterator[Make]:
     scenes: list[Scene] = []
     with tempfile.TemporaryDirectory(prefix="impala-", dir="/tmp") as directory:  # sockets need short paths
 
-        def make(**settings: float) -> Scene:
+        def make(**settings: Any) -> Scene:
             scenes.append(Scene(Path(directory), **settings))
             return scenes[-1]
 
@@ -115,12 +123,12 @@ def scene(make: Make) -> Scene:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "POLL_S", 0.01)  # how long stopping takes
+    monkeypatch.setattr(subscriber_module, "POLL_S", 0.01)  # how long stopping takes
 
 
 @pytest.fixture
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "REFUSED_PAUSE_S", 0.01)
+    monkeypatch.setattr(subscriber_module, "REFUSED_PAUSE_S", 0.01)
 
 
 # --- seat and weights --------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ def test_the_first_answer_brings_seat_and_weights(scene: Scene) -> None:
     scene.answer(5)
     snapshot = scene.client.wait(DEADLINE_S)
     assert snapshot is not None
-    assert (snapshot.version, snapshot.tensors["weight"].tolist()) == (5, [5.0] * 3)
+    assert (snapshot.version, snapshot.steps, snapshot.weights) == (5, 3200, 50)
     assert scene.client.seat == 4
     assert scene.client.state == "training"
     assert 0 <= scene.client.age_s() < DEADLINE_S
@@ -158,7 +166,7 @@ def test_newer_weights_replace_older_ones_and_no_news_replaces_nothing(scene: Sc
     for version, with_payload in ((1, True), (1, False), (2, True), (9, True), (9, False)):
         scene.server.next(Pull)
         scene.answer(version, with_payload=with_payload)
-        until(lambda: scene.newest() == (version, version))  # noqa: B023
+        until(lambda: scene.newest() == (version, 10 * version))  # noqa: B023
 
 
 def test_weights_without_a_seat_are_not_enough_to_play(scene: Scene) -> None:
@@ -215,6 +223,38 @@ def test_requests_are_at_least_an_interval_apart(make: Make) -> None:
     assert arrivals_s[2] - arrivals_s[0] > 0.3
 
 
+# --- whoever wants no seat ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guest(make: Make) -> Scene:
+    scene = make(wants_seat=False)
+    scene.server.start()
+    scene.thread.start()
+    return scene
+
+
+def test_who_wants_no_seat_asks_for_none_and_waits_for_none(guest: Scene) -> None:
+    pull = guest.server.next(Pull)
+    assert (pull.sender, pull.have_version, pull.seats_for) == (ACTOR, NO_VERSION, ())
+    assert guest.client.missing() == "no answer from the parameter server yet"
+    guest.answer(5, seats=())
+    snapshot = guest.client.wait(DEADLINE_S)
+    assert snapshot is not None
+    assert (snapshot.version, snapshot.weights) == (5, 50)
+    assert guest.client.missing() is None
+    assert guest.client.seat == NO_SEAT
+    assert guest.server.next(Pull).seats_for == ()
+
+
+def test_who_has_no_seat_says_no_goodbye_that_could_cost_a_namesake_its_own(guest: Scene) -> None:
+    guest.server.next(Pull)
+    guest.answer(1, seats=())
+    guest.server.next(Pull)
+    guest.stop()
+    assert guest.server.next_or_none(2 * HOLD_S) is None
+
+
 # --- servers that refuse, babble, fall silent ---------------------------------------------------------
 
 
@@ -232,12 +272,12 @@ def test_a_refusal_is_trouble_in_the_servers_own_words_and_no_end(scene: Scene) 
 
 
 def test_after_a_refusal_the_server_is_given_a_pause(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "REFUSED_PAUSE_S", 0.5)
+    monkeypatch.setattr(subscriber_module, "REFUSED_PAUSE_S", 0.5)
     scene.server.next(Pull)
     scene.server.answer(Refusal(reason="run", text="another run"))
     refused_s = time.monotonic()
     scene.server.next(Pull)
-    assert time.monotonic() - refused_s > 0.4 * weights_module.REFUSED_PAUSE_S
+    assert time.monotonic() - refused_s > 0.4 * subscriber_module.REFUSED_PAUSE_S
 
 
 def _babble() -> dict[str, list[Buffer]]:
@@ -261,9 +301,8 @@ def _babble() -> dict[str, list[Buffer]]:
         "not msgpack": [b"\xc1\xc1\xc1"],
         "another kind": encode(Published(run_id=RUN, server_incarnation=1, version=1)),
         "another run": encode(Published(run_id="other", server_incarnation=1, version=1)),
-        "not safetensors": weights(b"not safetensors"),
-        "no tensors": weights(b""),
-        "another network": weights(safetensors.torch.save({"other": torch.zeros(3)})),
+        "not acceptable": weights(b"something else"),
+        "nothing": weights(b""),
     }
 
 
@@ -275,11 +314,11 @@ def test_garbage_in_place_of_an_answer_is_trouble_and_survived(scene: Scene, bab
     scene.server.next(Pull)
     scene.server.answer_frames(_babble()[babble])
     until(lambda: "unusable reply" in (scene.client.trouble or ""))
-    assert scene.newest() == (1, 1)
+    assert scene.newest() == (1, 10)
     assert scene.client.missing() is None  # it still can play
     scene.server.next(Pull)
     scene.answer(2)
-    until(lambda: scene.newest() == (2, 2))
+    until(lambda: scene.newest() == (2, 20))
     assert scene.client.trouble is None
 
 
@@ -330,7 +369,7 @@ def test_a_restarted_server_is_asked_with_the_seat_and_version_that_the_actor_ha
 
 @pytest.fixture
 def _quick_to_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "BEHIND_S", BEHIND_S)
+    monkeypatch.setattr(subscriber_module, "BEHIND_S", BEHIND_S)
 
 
 def behind(scene: Scene, version: int) -> Pull:
@@ -345,7 +384,7 @@ def test_a_server_that_is_behind_for_a_moment_changes_nothing(scene: Scene) -> N
     scene.server.next(Pull)
     for _ in range(5):
         assert behind(scene, 3).have_version == 5
-    assert scene.newest() == (5, 5)
+    assert scene.newest() == (5, 50)
 
 
 @pytest.mark.usefixtures("_quick_to_go_back")
@@ -361,7 +400,7 @@ def test_a_server_that_stays_behind_has_lost_what_the_actor_has_and_the_actor_go
     assert pull.have_version == NO_VERSION
     scene.answer(3)
     assert scene.server.next(Pull).have_version == 3
-    assert scene.newest() == (3, 3)
+    assert scene.newest() == (3, 30)
     assert behind(scene, 3).have_version == 3
 
 
@@ -374,7 +413,7 @@ def test_a_server_that_catches_up_in_time_is_not_behind(scene: Scene) -> None:
     while time.monotonic() - since_s < 2 * BEHIND_S:  # never behind for long, though behind all the time
         assert behind(scene, 3).have_version == 5
         assert behind(scene, 5).have_version == 5
-    assert scene.newest() == (5, 5)
+    assert scene.newest() == (5, 50)
 
 
 # --- stopping ----------------------------------------------------------------------------------------
@@ -407,7 +446,7 @@ def test_an_actor_that_stops_while_it_is_refused_does_not_wait_and_says_goodbye(
     until(lambda: "refuses" in (scene.client.trouble or ""))
     stopped_s = time.monotonic()
     scene.stop()
-    assert time.monotonic() - stopped_s < 0.5 * weights_module.REFUSED_PAUSE_S
+    assert time.monotonic() - stopped_s < 0.5 * subscriber_module.REFUSED_PAUSE_S
     assert next_goodbye(scene).sender == ACTOR
 
 

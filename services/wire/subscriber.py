@@ -1,8 +1,9 @@
 """Keeps the newest weights at hand: a thread that always has one request open at the parameter server.
 
-After it comes the actor's loop, which takes what is ``newest`` between two unrolls and never waits for the
-network. The request also renews the actor's seat, and its answer brings the state of the run. A missing,
-restarted or incompatible server is waited for, with jitter and with one log line now and then.
+After it comes whoever plays, an actor between two unrolls or an evaluator between two rounds: it takes what
+is ``newest`` and never waits for the network. The request also renews an actor's seat, and its answer brings
+the state of the run. A missing, restarted or incompatible server is waited for, with jitter and with one log
+line now and then. What the weights are is for ``decode`` to know: nothing here reaches torch.
 """
 
 from __future__ import annotations
@@ -10,16 +11,12 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor
+from typing import Generic, TypeVar
 
 from services.ops.logging import get_logger
 from services.wire import codec
-from services.wire.codec import WireError
 from services.wire.messages import (
     NO_SEAT,
     NO_VERSION,
@@ -38,20 +35,25 @@ REFUSED_PAUSE_S = 2.0
 BEHIND_S = 10.0
 """A restarted server holds less than its actors until the learner publishes again, which takes 2 s."""
 
+T = TypeVar("T")
+
 _log = get_logger("weights").limited(10.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class Snapshot(Generic[T]):
     """One policy version."""
 
     version: int
-    tensors: Mapping[str, Tensor]
+    steps: int
+    """Agent steps trained when this version was made."""
+    weights: T
+    """As ``decode`` made them."""
     received_s: float
     """time.monotonic() of its arrival."""
 
 
-class WeightsClient:
+class Subscriber(Generic[T]):
     """Written by its own thread (``run``), read by any other: every attribute is swapped whole."""
 
     def __init__(
@@ -60,22 +62,27 @@ class WeightsClient:
         connect: Callable[[], Requester],
         client: Client,
         expected: codec.Expected,
-        mismatch: Callable[[Mapping[str, Tensor]], str | None],
+        decode: Callable[[bytes], T],
+        wants_seat: bool,
         hold_s: float,
         interval_s: float,
         stopping: threading.Event,
     ) -> None:
+        """``decode`` raises ValueError for what is not acceptable. Who wants no seat waits for none."""
         self._connect = connect
         self._client = client
         self._expected = expected
-        self._mismatch = mismatch
+        self._decode = decode
+        self._wants_seat = wants_seat
         self._patience_s = 2 * hold_s
         self._interval_s = interval_s
         self._stopping = stopping
         self._seated = threading.Event()
+        if not wants_seat:
+            self._seated.set()
         self._arrived = threading.Event()
         self._behind_since_s: float | None = None
-        self.newest: Snapshot | None = None
+        self.newest: Snapshot[T] | None = None
         self.state: RunState = "waiting"
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why there is no news, or None."""
@@ -89,15 +96,15 @@ class WeightsClient:
         """In a few words what there is to wait for before anything can be played, or None."""
         if self.newest is None:
             return self.trouble or "no weights have been published yet"
-        return self.trouble or "no seat is free" if self.seat == NO_SEAT else None
+        return self.trouble or "no seat is free" if not self._seated.is_set() else None
 
     def age_s(self) -> float:
         """Time since the newest weights arrived; 0 before any have."""
         newest = self.newest
         return time.monotonic() - newest.received_s if newest else 0.0
 
-    def wait(self, timeout_s: float) -> Snapshot | None:
-        """The newest weights once there are any and a seat is leased, or None after ``timeout_s``."""
+    def wait(self, timeout_s: float) -> Snapshot[T] | None:
+        """The newest weights once there are any and a wanted seat is leased, or None after ``timeout_s``."""
         deadline_s = time.monotonic() + timeout_s
         ready = self._seated.wait(timeout_s) and self._arrived.wait(max(0.0, deadline_s - time.monotonic()))
         return self.newest if ready else None
@@ -116,8 +123,9 @@ class WeightsClient:
                 return
             pause_s = self._interval_s - (time.monotonic() - asked_s)
             self._stopping.wait(max(0.0, pause_s))
-        farewell = Goodbye(run_id=self._expected.run_id, sender=self._client)
-        requester.send(codec.encode(farewell), 0.0)
+        if self._wants_seat:  # otherwise an actor of the same name would lose its seat
+            farewell = Goodbye(run_id=self._expected.run_id, sender=self._client)
+            requester.send(codec.encode(farewell), 0.0)
         requester.close(linger_s=0.5)
 
     def _ask(self, requester: Requester, asked_s: float) -> bool:
@@ -131,7 +139,10 @@ class WeightsClient:
     def _request(self) -> Pull:
         have = self.newest.version if self.newest and not self._is_behind() else NO_VERSION
         return Pull(
-            run_id=self._expected.run_id, sender=self._client, have_version=have, seats_for=(self._client,)
+            run_id=self._expected.run_id,
+            sender=self._client,
+            have_version=have,
+            seats_for=(self._client,) if self._wants_seat else (),
         )
 
     def _is_behind(self) -> bool:
@@ -159,17 +170,18 @@ class WeightsClient:
                 self._accept(reply)
             else:
                 self._trouble(f"unusable reply: {type(reply).__name__}")
-        except (WireError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            # safetensors.torch raises more than its own error for what its parser lets pass
+        except ValueError as error:  # WireError is one too
             self._trouble(f"unusable reply: {error}")
             self._stopping.wait(REFUSED_PAUSE_S * random.uniform(0.5, 1.5))
 
     def _accept(self, reply: Weights) -> None:
         if reply.payload is not None:
-            tensors = safetensors.torch.load(bytes(reply.payload))
-            if (wrong := self._mismatch(tensors)) is not None:
-                raise ValueError(f"weights of version {reply.version} are another network's: {wrong}")
-            self.newest = Snapshot(version=reply.version, tensors=tensors, received_s=time.monotonic())
+            self.newest = Snapshot(
+                version=reply.version,
+                steps=reply.steps,
+                weights=self._decode(bytes(reply.payload)),
+                received_s=time.monotonic(),
+            )
             self._arrived.set()
         if reply.seats and reply.seats[0] == NO_SEAT and self.seat != NO_SEAT:
             _log.warning("seat_lost", reason="is another actor of this run called the same?")
