@@ -2,8 +2,9 @@
 
 Ids name a game: `ALE/Pong-v5`, and also `PongNoFrameskip-v4`, `Pong-v4` or `pong`. The suffix only spells:
 frame skip, sticky actions and so on come from the configuration, whatever Gymnasium binds to the id.
-ALE makes gray frames (maximum of the last two, resized by area); stacking is left to others, rewards are
-raw. At the start of a game FIRE is pressed once where the game has it; after a lost life the policy must.
+ALE makes the frames (maximum of the last two, gray or RGB, resized by area); stacking is left to others,
+rewards are raw. At the start of a game FIRE is pressed once where the game has it; after a lost life the
+policy must.
 
 A lost life is detected here, from the number of lives: ALE's own flag for it (``life_loss_info``) cannot be
 told from the end of a game that ends with lives left (Adventure), and hides a truncation in the same step.
@@ -25,7 +26,8 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 
 from services.config import EnvConfig
-from services.rl.envs.base import Actions, EnvSpec, Observations, Transition, env_seeds
+from services.rl.envs.base import Actions, EnvSpec, Observations, Transition, VectorEnv, env_seeds
+from services.rl.envs.images import frame_shape
 
 EXAMPLES: tuple[EnvConfig, ...] = (
     EnvConfig(id="ALE/Breakout-v5", max_episode_frames=600),
@@ -36,6 +38,7 @@ EXAMPLES: tuple[EnvConfig, ...] = (
         full_action_set=True,
         max_episode_frames=30,
         frame_width=72,
+        color=True,
     ),
 )
 
@@ -59,7 +62,7 @@ def known_ids() -> list[str]:
 def spec(config: EnvConfig) -> EnvSpec:
     return EnvSpec(
         id=config.id,
-        observation_shape=(config.frame_height, config.frame_width),
+        observation_shape=frame_shape(config),
         observation_dtype="uint8",
         frame_stack=config.frame_stack,
         num_actions=18 if config.full_action_set else _num_minimal_actions(_rom(config)),
@@ -71,7 +74,7 @@ def make(config: EnvConfig, num_envs: int, num_threads: int) -> Atari:
     return Atari(config, num_envs, num_threads)
 
 
-class Atari:
+class Atari(VectorEnv):
     """N emulators of one game. ALE hands every ``recv`` fresh arrays, so none are copied."""
 
     def __init__(self, config: EnvConfig, num_envs: int, num_threads: int) -> None:
@@ -88,6 +91,7 @@ class Atari:
             autoreset_mode=AutoresetMode.NEXT_STEP,
             img_height=config.frame_height,
             img_width=config.frame_width,
+            grayscale=not config.color,
             stack_num=1,
             frameskip=config.frame_skip,
             noop_max=config.noop_max,

@@ -24,6 +24,8 @@ Observations = npt.NDArray[Any]
 """[N, *observation_shape] of the dtype that the spec names."""
 Actions = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Instructions = npt.NDArray[np.int32]
+"""[N, instruction_length] word ids, as ``instructions.hash_words`` makes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class EnvSpec:
     id: str
     """As the configuration spells it."""
     observation_shape: tuple[int, ...]
-    """Of one observation of one environment, not stacked: (84, 84) for Atari, (4,) for CartPole."""
+    """Of one observation of one environment, not stacked: (84, 84) for Atari, (84, 84, 3) with env.color,
+    (4,) for CartPole."""
     observation_dtype: str
     """`uint8` for images, `float32` for vectors."""
     frame_stack: int
@@ -42,6 +45,8 @@ class EnvSpec:
     """Actions are 0 ... num_actions - 1."""
     frame_skip: int
     """Frames per agent step; 1 where the notion does not exist."""
+    instruction_length: int = 0
+    """Word ids that come with each observation; 0 where nothing is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,9 @@ class Transition:
 
 
 class VectorEnv(Protocol):
-    """N environments of one kind. Calls go reset, send, recv, send, recv, ...; reset is free after a recv."""
+    """N environments. Calls go reset, send, recv, send, recv, ...; reset is free after a recv.
+
+    Suites inherit from this, for the sake of ``instructions``, which few of them have."""
 
     spec: EnvSpec
     num_envs: int
@@ -78,6 +85,11 @@ class VectorEnv(Protocol):
         """Wait for what followed."""
         ...
 
+    def instructions(self) -> Instructions | None:
+        """[N, instruction_length] what the newest observation asks for, which ``reset`` or ``recv`` has just
+        returned; None where nothing is ever said. The array is the caller's to keep."""
+        return None
+
     def close(self) -> None:
         """Give everything back, even between ``send`` and ``recv``."""
         ...
@@ -87,7 +99,8 @@ class Suite(Protocol):
     """A family of environments: a module with these members, and one line in ``SUITES``."""
 
     EXAMPLES: tuple[EnvConfig, ...]
-    """Small configurations that the contract tests play; every episode ends within 300 random steps."""
+    """Small configurations that the contract tests play; every episode ends within 300 random steps (of
+    DeepMind Lab in the tests' stand-in for it)."""
 
     def plays(self, env_id: str) -> bool:
         """Whether the id belongs to this suite (it may still be misspelt, which ``spec`` says)."""

@@ -6,8 +6,9 @@ in the middle. Every episode lasts rows - 1 steps, so all environments are alway
 step of all of them is a few numpy calls.
 
 ``env.kwargs``: `rows`, `columns`, and `pixels`. By default an observation is the flattened board. With
-`pixels` the board is drawn onto an image of env.frame_height x env.frame_width and stacked env.frame_stack
-deep, exactly like Atari, so that one small game tries out the whole road of images.
+`pixels` the board is drawn onto an image of env.frame_height x env.frame_width (with env.color in three
+channels) and stacked env.frame_stack deep, exactly like Atari, so that one small game tries out the whole
+road of images.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import numpy as np
 
 from services.config import EnvConfig
 from services.rl.envs.base import Actions, EnvSpec, Observations, read_kwargs
+from services.rl.envs.images import frame_shape
 from services.rl.envs.lockstep import Lockstep, Rewards
 
 EXAMPLES: tuple[EnvConfig, ...] = (
     EnvConfig(id="catch"),
     EnvConfig(id="catch", kwargs={"rows": 4, "columns": 7}),
     EnvConfig(id="catch", kwargs={"pixels": True}),
+    EnvConfig(id="catch", kwargs={"pixels": True}, color=True),
 )
 
 
@@ -64,11 +67,7 @@ def spec(config: EnvConfig) -> EnvSpec:
                 )
     return EnvSpec(
         id=config.id,
-        observation_shape=(
-            (config.frame_height, config.frame_width)
-            if settings.pixels
-            else (settings.rows * settings.columns,)
-        ),
+        observation_shape=(frame_shape(config) if settings.pixels else (settings.rows * settings.columns,)),
         observation_dtype="uint8" if settings.pixels else "float32",
         frame_stack=config.frame_stack if settings.pixels else 1,
         num_actions=3,
@@ -92,6 +91,7 @@ class Catch(Lockstep):
         # Rows and columns of the board as heights and widths in pixels that add up to the image.
         self._cell_heights = _shares(config.frame_height, self._settings.rows)
         self._cell_widths = _shares(config.frame_width, self._settings.columns)
+        self._color = config.color
 
     def begin(self) -> Observations:
         self._ball_row = 0
@@ -114,7 +114,8 @@ class Catch(Lockstep):
         board[self.envs, -1, self._paddle] = ink
         if not pixels:
             return board.reshape(self.num_envs, rows * columns)
-        return board.repeat(self._cell_widths, axis=2).repeat(self._cell_heights, axis=1)
+        image = board.repeat(self._cell_widths, axis=2).repeat(self._cell_heights, axis=1)
+        return image[..., np.newaxis].repeat(3, axis=3) if self._color else image
 
 
 def _shares(total: int, parts: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -1,4 +1,4 @@
-"""The order of calls and the range of actions, checked once for all suites.
+"""The order of calls, the range of actions and the form of instructions, checked once for all suites.
 
 Violations are bugs of the caller, and without the check they are hard to find: an action outside of the
 range makes ALE's worker threads wait for ever, and a forgotten ``recv`` shifts all later transitions by one.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.rl.envs.base import Actions, Observations, Transition, VectorEnv
+from services.rl.envs.base import Actions, Instructions, Observations, Transition, VectorEnv
 
 
-class CheckedVectorEnv:
+class CheckedVectorEnv(VectorEnv):
     """Passes calls on to ``env`` and asserts that they are legal."""
 
     def __init__(self, env: VectorEnv) -> None:
@@ -38,6 +38,18 @@ class CheckedVectorEnv:
         assert self._next == "recv", f"recv() called where {self._next}() is due"
         self._next = "send"
         return self._env.recv()
+
+    def instructions(self) -> Instructions | None:
+        assert self._next == "send", f"instructions() called where {self._next}() is due"
+        instructions = self._env.instructions()
+        length = self.spec.instruction_length
+        if instructions is None:
+            assert length == 0, f"no instructions, expected {length} words each"
+        else:
+            assert length > 0, f"{instructions = }, expected none"
+            assert instructions.shape == (self.num_envs, length), f"{instructions.shape = }"
+            assert instructions.dtype == np.int32, f"{instructions.dtype = }, expected int32"
+        return instructions
 
     def close(self) -> None:
         if self._next != "nothing":

@@ -4,8 +4,8 @@
 the environments one after the other in this process, `async` in one process each. Observations become
 
 - float32 vectors from one-dimensional boxes, and one-hot float32 vectors from Discrete;
-- uint8 images (H, W), (H, W, 1) or (H, W, 3), made gray and resized to env.frame_height x env.frame_width,
-  stacked env.frame_stack deep by whoever acts or learns.
+- uint8 images (H, W), (H, W, 1) or (H, W, 3), made gray (or, with env.color, RGB) and resized to
+  env.frame_height x env.frame_width, stacked env.frame_stack deep by whoever acts or learns.
 
 Everything else is refused with its name. The conversion runs beside the environment, hence in its process.
 """
@@ -13,7 +13,7 @@ Everything else is refused with its name. The conversion runs beside the environ
 from __future__ import annotations
 
 import importlib
-import multiprocessing
+import operator
 import re
 from collections.abc import Callable
 from functools import partial
@@ -22,11 +22,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete, Space
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import TransformObservation
+from gymnasium.wrappers import TransformAction, TransformObservation
 
 from services.config import EnvConfig
-from services.rl.envs.base import Actions, EnvSpec, Observations, Transition, env_seeds
+from services.rl.envs.base import EnvSpec, Observations, VectorEnv
+from services.rl.envs.images import frame_shape, to_frame
+from services.rl.envs.vectorized import Env, vectorize
 
 EXAMPLES: tuple[EnvConfig, ...] = (
     EnvConfig(id="CartPole-v1"),
@@ -36,9 +37,6 @@ EXAMPLES: tuple[EnvConfig, ...] = (
 )
 
 _FACTORY = re.compile(r"(?P<module>[\w.]+):(?P<attribute>[A-Za-z_]\w*)")
-_CLOSE_TIMEOUT_S = 2.0
-
-Env = gymnasium.Env[Any, Any]
 
 
 def plays(env_id: str) -> bool:
@@ -61,91 +59,8 @@ def spec(config: EnvConfig) -> EnvSpec:
         env.close()
 
 
-def make(config: EnvConfig, num_envs: int, num_threads: int) -> SyncGym | AsyncGym:  # noqa: ARG001  (see module)
-    return SyncGym(config, num_envs) if config.vectorization == "sync" else AsyncGym(config, num_envs)
-
-
-class SyncGym:
-    """N environments in this process, one after the other, inside ``send``."""
-
-    def __init__(self, config: EnvConfig, num_envs: int) -> None:
-        self._envs = SyncVectorEnv(
-            [partial(_open, config)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
-        )
-        self.spec = _spec(config, self._envs.single_observation_space, self._envs.single_action_space)
-        self.num_envs = num_envs
-        self._first_action = _first_action(self._envs.single_action_space)
-        self._stepped: tuple[Any, ...] = ()
-
-    def reset(self, seed: int) -> Observations:
-        observation, _ = self._envs.reset(seed=list(env_seeds(seed, self.num_envs)))
-        return np.asarray(observation)
-
-    def send(self, actions: Actions) -> None:
-        self._stepped = self._envs.step(actions + self._first_action)
-
-    def recv(self) -> Transition:
-        return _transition(*self._stepped)
-
-    def close(self) -> None:
-        self._envs.close()
-
-
-class AsyncGym:
-    """N environments in a process each, which step while the caller does something else."""
-
-    def __init__(self, config: EnvConfig, num_envs: int) -> None:
-        # The actor has threads (sockets, weights), so its children must not be forks of it: they are forked
-        # from a server that has none and has imported this module once for all of them.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._envs = AsyncVectorEnv(
-            [partial(_open, config)] * num_envs,
-            context="forkserver",
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-        )
-        self.spec = _spec(config, self._envs.single_observation_space, self._envs.single_action_space)
-        self.num_envs = num_envs
-        self._first_action = _first_action(self._envs.single_action_space)
-        self._pending = False
-
-    def reset(self, seed: int) -> Observations:
-        observation, _ = self._envs.reset(seed=list(env_seeds(seed, self.num_envs)))
-        return np.asarray(observation)
-
-    def send(self, actions: Actions) -> None:
-        self._envs.step_async(actions + self._first_action)
-        self._pending = True
-
-    def recv(self) -> Transition:
-        """No timeout: a dead process ends its pipe and raises; a hung one is for the liveness probe."""
-        self._pending = False
-        return _transition(*self._envs.step_wait())
-
-    def close(self) -> None:
-        hung = False
-        if self._pending:
-            try:
-                self._envs.step_wait(timeout=_CLOSE_TIMEOUT_S)
-            except (multiprocessing.TimeoutError, EOFError, ConnectionError):
-                hung = True
-        self._envs.close(terminate=hung)
-
-
-def _transition(
-    observation: Any,
-    reward: Any,
-    terminated: Any,
-    truncated: Any,
-    info: dict[str, Any],  # noqa: ARG001
-) -> Transition:
-    return Transition(
-        observation=np.asarray(observation),
-        reward=np.asarray(reward, np.float32),
-        terminated=np.asarray(terminated),
-        truncated=truncated & ~terminated,
-        episode_over=terminated | truncated,
-    )
+def make(config: EnvConfig, num_envs: int, num_threads: int) -> VectorEnv:  # noqa: ARG001  (see module)
+    return vectorize(partial(_open, config), partial(_spec, config), num_envs, config.vectorization)
 
 
 def _open(config: EnvConfig) -> Env:
@@ -161,7 +76,7 @@ def _open(config: EnvConfig) -> Env:
         raise ValueError(  # noqa: TRY004  (the user's to mend, like the rest of the configuration)
             f"env.id = {config.id!r}: returned {type(env).__name__}; allowed is a gymnasium.Env"
         )
-    return _converted(config, env)
+    return _numbered(_converted(config, env))
 
 
 def _creator(env_id: str) -> Callable[..., Any]:
@@ -186,8 +101,8 @@ def _converted(config: EnvConfig, env: Env) -> Env:
     if isinstance(space, Box) and len(space.shape) == 1:
         return TransformObservation(env, _floats, Box(-np.inf, np.inf, space.shape, np.float32))
     if _is_image(space):
-        shape = (config.frame_height, config.frame_width)
-        return TransformObservation(env, partial(_gray, shape=shape), Box(0, 255, shape, np.uint8))
+        frames = Box(0, 255, frame_shape(config), np.uint8)
+        return TransformObservation(env, partial(to_frame, config=config), frames)
     raise ValueError(
         f"env.id = {config.id!r}: observations are {space}; allowed are Discrete, one-dimensional Box, "
         "and Box of uint8 images (H, W), (H, W, 1) or (H, W, 3)"
@@ -210,15 +125,12 @@ def _floats(observation: Any) -> Observations:
     return np.asarray(observation, np.float32)
 
 
-def _gray(observation: Any, shape: tuple[int, int]) -> Observations:
-    import cv2  # takes longer to import than everything else here, and only images need it
-
-    cv2.setNumThreads(1)  # the actor's processors are spoken for
-    image = np.asarray(observation)
-    if image.ndim == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[2] == 3 else image[:, :, 0]
-    height, width = shape
-    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
+def _numbered(env: Env) -> Env:
+    """Actions are numbered from 0."""
+    space = env.action_space
+    if not isinstance(space, Discrete) or space.start == 0:
+        return env
+    return TransformAction(env, partial(operator.add, int(space.start)), Discrete(space.n))
 
 
 def _spec(config: EnvConfig, observation_space: Space[Any], action_space: Space[Any]) -> EnvSpec:
@@ -227,7 +139,7 @@ def _spec(config: EnvConfig, observation_space: Space[Any], action_space: Space[
             f"env.id = {config.id!r}: actions are {action_space}; allowed is Discrete"
         )
     assert isinstance(observation_space, Box)
-    image = len(observation_space.shape) == 2
+    image = observation_space.dtype == np.uint8
     return EnvSpec(
         id=config.id,
         observation_shape=observation_space.shape,
@@ -236,8 +148,3 @@ def _spec(config: EnvConfig, observation_space: Space[Any], action_space: Space[
         num_actions=int(action_space.n),
         frame_skip=1,
     )
-
-
-def _first_action(action_space: Space[Any]) -> int:
-    assert isinstance(action_space, Discrete)
-    return int(action_space.start)

@@ -5,18 +5,18 @@ A task gives ``begin`` and ``advance``; autoreset and flags are here. A reward e
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import numpy as np
 import numpy.typing as npt
 
-from services.rl.envs.base import Actions, EnvSpec, Observations, Transition
+from services.rl.envs.base import Actions, EnvSpec, Observations, Transition, VectorEnv
 
 Rewards = npt.NDArray[np.float32]
 
 
-class Lockstep(ABC):
-    """A ``VectorEnv`` of one task."""
+class Lockstep(VectorEnv):
+    """N episodes of one task."""
 
     def __init__(self, spec: EnvSpec, num_envs: int) -> None:
         self.spec = spec
@@ -57,7 +57,7 @@ class Lockstep(ABC):
             episode_over=over.copy(),
         )
 
-    def close(self) -> None:  # noqa: B027  (complete: nothing is held)
+    def close(self) -> None:
         """Nothing is held."""
 
     def no_reward(self) -> Rewards:

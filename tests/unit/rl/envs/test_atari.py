@@ -95,6 +95,16 @@ def test_a_frame_skip_of_one_plays_every_frame() -> None:
     assert steps_with("truncated", transitions) == [9]
 
 
+def test_color_shows_the_same_game_in_three_channels() -> None:
+    gray = play(EnvConfig(id="ALE/Pong-v5"), 60)
+    color = play(EnvConfig(id="ALE/Pong-v5", color=True), 60)
+    assert env_spec(EnvConfig(id="ALE/Pong-v5", color=True)).observation_shape == (84, 84, 3)
+    luma = np.array([0.299, 0.587, 0.114])
+    for one, other in zip(gray, color, strict=True):
+        np.testing.assert_allclose(other.observation @ luma, one.observation, atol=2)
+    np.testing.assert_array_equal(color[0].observation[0, 42, 42], [144, 72, 17])  # the court is brown
+
+
 @pytest.mark.parametrize(
     "env_id",
     ["ALE/MontezumaRevenge-v5", "MontezumaRevengeNoFrameskip-v4", "MontezumaRevenge-v4", "montezuma_revenge"],

@@ -81,6 +81,15 @@ def test_the_drawn_board_is_the_board_with_every_cell_a_block_of_pixels() -> Non
     np.testing.assert_array_equal(images, 255 * boards[:, row_of_pixel][:, :, column_of_pixel])
 
 
+def test_with_color_the_drawn_board_is_the_gray_one_in_all_three_channels() -> None:
+    gray = make_vector_env(EnvConfig(id="catch", kwargs={"pixels": True}), NUM_ENVS)
+    color = make_vector_env(EnvConfig(id="catch", kwargs={"pixels": True}, color=True), NUM_ENVS)
+    assert color.spec.observation_shape == (84, 84, 3)
+    images = color.reset(3)
+    for channel in range(3):
+        np.testing.assert_array_equal(images[..., channel], gray.reset(3))
+
+
 def test_the_drawn_board_is_stacked_like_any_image_and_the_plain_one_is_not() -> None:
     drawn = env_spec(
         EnvConfig(id="catch", kwargs={"pixels": True}, frame_stack=2, frame_height=40, frame_width=36)

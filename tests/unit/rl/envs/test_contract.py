@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from services.config import EnvConfig
-from services.rl.envs import SUITES, Transition, VectorEnv, env_spec, make_vector_env
+from services.rl.envs import (
+    SUITES,
+    Transition,
+    VectorEnv,
+    env_spec,
+    make_mixed_env,
+    make_vector_env,
+    union_spec,
+)
+
+pytestmark = pytest.mark.usefixtures("fake_lab", "scratch_dir")
 
 NUM_ENVS = 4
 MAX_STEPS = 300
+EXTRAS = {"vizdoom": "vizdoom"}
+"""Suites that need a package which the project may be installed without."""
+
+
+def marks(suite: str) -> list[pytest.MarkDecorator]:
+    package = EXTRAS.get(suite)
+    missing = package is not None and importlib.util.find_spec(package) is None
+    return [pytest.mark.skipif(missing, reason=f"{package} is not installed")]
+
+
 EXAMPLES = [
-    pytest.param(config, id=f"{name}-{index}")
+    pytest.param((config,), id=f"{name}-{index}", marks=marks(name))
     for name, suite in SUITES.items()
     for index, config in enumerate(suite.EXAMPLES)
 ]
-of_every_suite = pytest.mark.parametrize("config", EXAMPLES)
+CATCHES = [EnvConfig(id="catch", kwargs={"pixels": True, "rows": rows}) for rows in (5, 10)]
+GAMES = [
+    EnvConfig(id=env_id, full_action_set=True, max_episode_frames=200)
+    for env_id in ("ALE/Pong-v5", "ALE/Breakout-v5", "ALE/Freeway-v5")
+]
+LEVELS = [EnvConfig(id=f"dmlab/{level}") for level in ("rooms_watermaze", "language_execute_random_task")]
+MIXES = [
+    pytest.param((CATCHES[0], CATCHES[1]), id="two-catches"),
+    pytest.param(tuple(GAMES), id="three-games"),
+    pytest.param(tuple(LEVELS), id="two-levels"),
+]
+of_every_suite_and_mix = pytest.mark.parametrize("tasks", [*EXAMPLES, *MIXES])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +64,8 @@ class Game:
 
     reset: npt.NDArray[np.generic]
     transitions: list[Transition]
+    instructions: list[npt.NDArray[np.int32] | None]
+    """After the reset and after each transition."""
 
     def bytes(self) -> list[bytes]:
         """Everything that was returned, once for each environment."""
@@ -40,6 +77,7 @@ class Game:
                     for transition in self.transitions
                     for field in vars(transition).values()
                 ]
+                + [said[i].tobytes() for said in self.instructions if said is not None]
             )
             for i in range(NUM_ENVS)
         ]
@@ -50,13 +88,14 @@ def play(env: VectorEnv, seed: int = 1, at_reset: int = 0, num_steps: int | None
 
     Without `num_steps`, until each environment has ended an episode and begun another one."""
     rng = np.random.default_rng(7)
-    game = Game(reset=env.reset(seed), transitions=[])
+    game = Game(reset=env.reset(seed), transitions=[], instructions=[env.instructions()])
     over = np.zeros(NUM_ENVS, np.bool_)
     ended = np.zeros(NUM_ENVS, np.bool_)
     for _ in range(num_steps or MAX_STEPS):
         actions = np.full(NUM_ENVS, rng.integers(env.spec.num_actions))
         env.send(np.where(over, at_reset, actions))
         game.transitions.append(env.recv())
+        game.instructions.append(env.instructions())
         if num_steps is None and ended.all():
             break
         over = game.transitions[-1].episode_over
@@ -64,10 +103,16 @@ def play(env: VectorEnv, seed: int = 1, at_reset: int = 0, num_steps: int | None
     return game
 
 
-@pytest.fixture(scope="module", params=EXAMPLES)
-def env(request: pytest.FixtureRequest) -> Iterator[VectorEnv]:
+def open_envs(tasks: Sequence[EnvConfig], num_threads: int = 1) -> VectorEnv:
+    """NUM_ENVS environments of one task or of several, more of the first one than of the others."""
+    others = len(tasks) - 1
+    return make_mixed_env(tasks, [NUM_ENVS - others, *[1] * others], num_threads)
+
+
+@pytest.fixture(scope="module", params=[*EXAMPLES, *MIXES])
+def env(request: pytest.FixtureRequest, fake_lab: None, scratch_dir: Path) -> Iterator[VectorEnv]:
     """The environments of one example, opened once for all tests, because emulators take their time."""
-    env = make_vector_env(request.param, NUM_ENVS)
+    env = open_envs(request.param)
     yield env
     env.close()
 
@@ -77,10 +122,11 @@ def game(env: VectorEnv) -> Game:
     return play(env)
 
 
-@of_every_suite
-def test_an_example_is_played_by_the_suite_that_brings_it(config: EnvConfig) -> None:
-    first = next(suite for suite in SUITES.values() if suite.plays(config.id))
-    assert config in first.EXAMPLES
+@pytest.mark.parametrize("name", SUITES)
+def test_an_example_is_played_by_the_suite_that_brings_it(name: str) -> None:
+    for config in SUITES[name].EXAMPLES:
+        first = next(suite for suite in SUITES.values() if suite.plays(config.id))
+        assert first is SUITES[name]
 
 
 def test_all_that_is_returned_has_the_shape_and_dtype_of_the_spec(env: VectorEnv, game: Game) -> None:
@@ -94,6 +140,16 @@ def test_all_that_is_returned_has_the_shape_and_dtype_of_the_spec(env: VectorEnv
         for flags in (transition.terminated, transition.truncated, transition.episode_over):
             assert flags.shape == (NUM_ENVS,)
             assert flags.dtype == np.bool_
+
+
+def test_instructions_come_with_every_observation_or_with_none(env: VectorEnv, game: Game) -> None:
+    for said in game.instructions:
+        if env.spec.instruction_length == 0:
+            assert said is None
+        else:
+            assert said is not None
+            assert said.shape == (NUM_ENVS, env.spec.instruction_length)
+            assert said.dtype == np.int32
 
 
 def test_every_environment_ends_an_episode_and_says_why(game: Game) -> None:
@@ -123,14 +179,14 @@ def test_environments_of_one_vector_differ_under_the_same_actions(game: Game) ->
     assert len(set(game.bytes())) > 1
 
 
-@of_every_suite
-def test_a_second_vector_plays_the_same_on_any_number_of_threads(config: EnvConfig) -> None:
-    threads = [make_vector_env(config, NUM_ENVS, num_threads=num_threads) for num_threads in (1, 2)]
+@of_every_suite_and_mix
+def test_a_second_vector_plays_the_same_on_any_number_of_threads(tasks: Sequence[EnvConfig]) -> None:
+    threads = [open_envs(tasks, num_threads) for num_threads in (1, 2)]
     one, two = (play(env, num_steps=30).bytes() for env in threads)
     for env in threads:
         env.close()
     assert one == two
-    assert threads[0].spec == env_spec(config)
+    assert threads[0].spec == union_spec([env_spec(task) for task in tasks])
 
 
 def test_what_was_returned_never_changes_later(env: VectorEnv) -> None:
@@ -140,12 +196,12 @@ def test_what_was_returned_never_changes_later(env: VectorEnv) -> None:
     assert game.bytes() == before
 
 
-@of_every_suite
-def test_close_may_come_between_send_and_recv_and_twice(config: EnvConfig) -> None:
-    env = make_vector_env(config, 2)
+@of_every_suite_and_mix
+def test_close_may_come_between_send_and_recv_and_twice(tasks: Sequence[EnvConfig]) -> None:
+    env = open_envs(tasks)
     observation = env.reset(1)
     copy = observation.copy()
-    env.send(np.zeros(2, np.int64))
+    env.send(np.zeros(NUM_ENVS, np.int64))
     env.close()
     env.close()
     np.testing.assert_array_equal(observation, copy)
@@ -162,7 +218,8 @@ def test_calls_out_of_order_are_bugs() -> None:
     with pytest.raises(AssertionError, match=r"recv\(\) called where send\(\) is due"):
         env.recv()
     env.send(actions)
-    for wrong in (lambda: env.send(actions), lambda: env.reset(1)):
+    wrongs: list[Callable[[], object]] = [lambda: env.send(actions), lambda: env.reset(1), env.instructions]
+    for wrong in wrongs:
         with pytest.raises(AssertionError, match=r"called where recv\(\) is due"):
             wrong()
     env.recv()
@@ -196,10 +253,17 @@ def test_actions_that_the_spec_does_not_allow_are_bugs(actions: npt.NDArray[np.i
         ("BreakuotNoFrameskip-v4", "unknown Atari game; did you mean ALE/Breakout-v5"),
         ("ALE/MontezumasRevenge-v5", "did you mean ALE/MontezumaRevenge-v5"),
         ("Pomg", "ALE/Pong-v5"),
-        ("xyzzy-1234567", "Allowed are ids of the suites catch, recall, atari, gymnasium"),
+        ("xyzzy-1234567", "Allowed are ids of the suites catch, recall, atari, vizdoom, dmlab, gymnasium"),
     ],
 )
 def test_an_unknown_id_is_refused_with_the_closest_ones(wrong: str, suggested: str) -> None:
     with pytest.raises(ValueError, match=f"^env.id = '{wrong}'") as refusal:
         env_spec(EnvConfig(id=wrong))
     assert suggested in str(refusal.value)
+
+
+def test_importing_the_suites_loads_no_emulator_that_is_not_needed() -> None:
+    heavy = "vizdoom", "deepmind_lab", "pygame", "cv2", "torch"
+    code = f"import sys, services.rl.envs; print([name for name in {heavy} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.strip() == "[]"

@@ -89,6 +89,20 @@ def test_images_become_gray_and_are_resized(shape: str, white: int) -> None:
     np.testing.assert_array_equal(image[:, 16:], 0)
 
 
+@pytest.mark.parametrize(
+    ("shape", "white"), [("60x80", [255] * 3), ("60x80x1", [255] * 3), ("60x80x3", [255, 0, 0])]
+)
+def test_with_color_images_have_three_channels_red_first(shape: str, white: list[int]) -> None:
+    config = EnvConfig(
+        id=f"{HOMEMADE}:Camera", kwargs={"shape": shape}, frame_height=24, frame_width=32, color=True
+    )
+    env = make_vector_env(config, 2)
+    assert (env.spec.observation_shape, env.spec.frame_stack) == ((24, 32, 3), 4)
+    (image, _) = env.reset(1)
+    assert (image[:, :16] == white).all()
+    assert not image[:, 16:].any()
+
+
 def test_an_id_may_name_the_module_that_registers_it() -> None:
     assert env_spec(EnvConfig(id="gymnasium.envs.classic_control:CartPole-v1")).observation_shape == (4,)
 
