@@ -1,0 +1,65 @@
+"""Games whose returns can be worked out, as `tests.unit.evaluator.homemade:factory` finds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete, Space
+from torch import Tensor
+
+from services.config import NetworkConfig
+from services.rl.envs import EnvSpec
+from services.rl.networks.torso import Torso
+
+NUM_STEPS = 8
+
+
+class Diary(gymnasium.Env[Any, Any]):
+    """Shows nothing, and writes down what is done: step t pays 2^t for action 1, nothing for action 0.
+
+    So the return of an episode, read as a binary number, is the sequence of its actions.
+    """
+
+    observation_space: Space[Any] = Box(0, 1, (1,), np.float32)
+
+    def __init__(self, num_actions: int = 2) -> None:
+        self.action_space = Discrete(num_actions)
+        self._step = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._step = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = float(2**self._step) if action == 1 else 0.0
+        self._step += 1
+        return np.zeros(1, np.float32), reward, self._step == NUM_STEPS, False, {}
+
+
+def diary(num_actions: int = 2) -> gymnasium.Env[Any, Any]:
+    return Diary(num_actions)
+
+
+def wide() -> gymnasium.Env[Any, Any]:
+    """The same with another shape of what is shown."""
+    env = Diary()
+    env.observation_space = Box(0, 1, (2,), np.float32)
+    return env
+
+
+class Constant(Torso):
+    """Sees nothing: what the policy does follows from its biases and its memory."""
+
+    num_features = 1
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return observation.flatten(1)[:, :1] * 0
+
+
+def constant(spec: EnvSpec, config: NetworkConfig) -> Constant:
+    return Constant()
