@@ -41,14 +41,16 @@ class EnvConfig(Section):
     """What is played."""
 
     id: str = "ALE/Pong-v5"
-    """A built-in (`catch`, `recall`), an Atari game (`ALE/Pong-v5`), any registered Gymnasium id, or
+    """A built-in (`catch`, `recall`), an Atari game (`ALE/Pong-v5`), a ViZDoom scenario (`doom_basic`), a level
+    of DeepMind Lab (`dmlab/explore_goal_locations_small`), any registered Gymnasium id, or
     `package.module:factory` of your own."""
     kwargs: dict[str, str | int | float | bool | None] = {}
     """Keyword arguments for the built-in, for `gymnasium.make` or for your factory."""
     vectorization: Literal["sync", "async"] = "sync"
-    """Gymnasium ids only: `sync` steps all environments in the actor's process, `async` one process each."""
+    """Gymnasium and ViZDoom: `sync` steps all environments in the actor's process, `async` one process each,
+    which DeepMind Lab always has."""
     frame_skip: PositiveInt = 4
-    """Atari: emulator frames per agent step. Frames reported = agent steps x frame_skip."""
+    """Atari, ViZDoom, DeepMind Lab: frames per agent step. Frames reported = agent steps x frame_skip."""
     frame_stack: Annotated[int, Field(ge=1, le=16)] = 4
     """Image observations: how many frames the network sees at once. Single frames travel on the wire."""
     frame_height: Annotated[int, Field(ge=16, le=512)] = 84

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Point:
     steps: int
     mean_return: float
     """Of all episodes of the interval, or of the latest 100 if those are more."""
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    """Of each task, as a share of the return that counts as 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Gate:
     name: str
     flags: Sequence[str]
     target: float
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    """Several tasks, each with the return that counts as 1; the curve is then the worst of them."""
     max_steps: int
     """Agent steps. About twice what it takes."""
     timeout_s: float = 240.0
@@ -53,6 +57,8 @@ class Result:
 
     gate: Gate
     curve: list[Point] = field(default_factory=list)
+    steps: int = 0
+    """Of the whole run."""
     exit_code: int | None = None
     output: str = ""
     """What `impala train` wrote."""
@@ -73,6 +79,7 @@ class Result:
         verb = "reached" if self.reached else "did NOT reach"
         rows = [
             f"    {point.steps:>10,} steps {point.seconds:>6.1f} s   return {point.mean_return:8.2f}"
+            + "".join(f"   {task.rpartition(':')[2]} {share:.2f}" for task, share in point.tasks.items())
             for point in thinned(self.curve, 8)
         ]
         outcome = (
@@ -123,7 +130,8 @@ def watch(lines: Path, result: Result, started_s: float, ended: Callable[[], boo
                 break
             read += 1
             values = json.loads(line)
-            point = point_of(values, started_s)
+            result.steps = values["steps"]
+            point = point_of(values, started_s, result.gate.tasks)
             if point is not None:
                 result.curve.append(point)
             if result.reached or values["steps"] >= result.gate.max_steps:
@@ -132,10 +140,20 @@ def watch(lines: Path, result: Result, started_s: float, ended: Callable[[], boo
             return
 
 
-def point_of(values: dict[str, Any], started_s: float) -> Point | None:
-    """A line as a point of the curve, or None as long as fewer than 100 episodes have ended."""
+def point_of(values: dict[str, Any], started_s: float, full: Mapping[str, float]) -> Point | None:
+    """A line as a point of the curve, or None as long as fewer than 100 episodes (of a task) have ended."""
+    if any(values["tasks"][task]["episodes"] < ENOUGH_EPISODES for task in full):
+        return None
     if values["episodes"] < ENOUGH_EPISODES:
         return None
+    if full:
+        shares = {task: values["tasks"][task]["episode_return"] / most for task, most in full.items()}
+        return Point(
+            seconds=values["time"] - started_s,
+            steps=values["steps"],
+            mean_return=min(shares.values()),
+            tasks=shares,
+        )
     many = values["interval_episodes"] >= ENOUGH_EPISODES
     return Point(
         seconds=values["time"] - started_s,

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from services.actor.loop import Half
 from services.config import ActorConfig, LossConfig, NetworkConfig, OptimiserConfig, RunConfig
-from services.learner.batch import Batch
 from services.learner.group import Group
 from services.learner.trainer import Trainer
 from services.rl.actions import Discrete
-from services.rl.envs import EnvSpec, Transition
+from services.rl.envs import EnvSpec, Transition, VectorEnv
 from services.rl.networks import Inputs, make_network
 from services.rl.policy import Policy
+from tests.learning.in_process import batch_of
 
 pytestmark = pytest.mark.learning
 
@@ -41,7 +41,7 @@ SPEC = EnvSpec(
 )
 
 
-class GoOnOrTake:
+class GoOnOrTake(VectorEnv):
     """``clock_terminates`` is the mistake: the time limit reported as a termination."""
 
     def __init__(self, clock_terminates: bool) -> None:
@@ -108,22 +108,6 @@ def learned(clock_terminates: bool) -> tuple[float, float]:
         half.begin_unroll()
     output = trainer.network(Inputs(observation_TB=torch.ones(1, 1, 1, 1)))
     return output.logits_TBA.softmax(-1)[0, 0, GO_ON].item(), output.baselines_TBK.item()
-
-
-def batch_of(half: Half) -> Batch:
-    return Batch(
-        observation=torch.from_numpy(half.observation),
-        episode_start=torch.from_numpy(half.episode_start),
-        action=torch.from_numpy(half.action),
-        behaviour_logits=torch.from_numpy(half.behaviour_logits),
-        reward=torch.from_numpy(half.reward),
-        terminated=torch.from_numpy(half.terminated),
-        task=torch.zeros(NUM_ENVS, dtype=torch.int64),
-        tasks=(0,) * NUM_ENVS,
-        num_fresh=NUM_ENVS,
-        policy_versions=(half.policy_version,) * NUM_ENVS,
-        release=lambda: None,
-    )
 
 
 def test_a_policy_that_is_only_interrupted_goes_on(show: Callable[[str], None]) -> None:

@@ -16,11 +16,17 @@ from torch import Tensor, nn
 
 
 class RecurrentCore(nn.Module):
-    """[T, B, F] -> [T, B, H]. Torch's initialisation, as in the public versions of the agent."""
+    """[T, B, F] -> [T, B, H].
+
+    Torch's initialisation, but for a bias of 1 at the forget gate, as TensorFlow's LSTM had for the published
+    agents (Jozefowicz et al. 2015): without it what is remembered halves with every step at first.
+    """
 
     def __init__(self, num_features: int, num_actions: int, size: int) -> None:
         super().__init__()
         self.lstm = nn.LSTM(num_features + 1 + num_actions, size)
+        for name, bias in ((name, p) for name, p in self.lstm.named_parameters() if "bias" in name):
+            nn.init.constant_(bias[size : 2 * size], 1.0 if name.startswith("bias_ih") else 0.0)
         self.size = size
         self._num_actions = num_actions
 

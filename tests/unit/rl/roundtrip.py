@@ -28,7 +28,7 @@ from services.learner.trainer import Trainer
 from services.ops.health import Heartbeat
 from services.ops.metrics import ActorMetrics, LearnerMetrics
 from services.rl.actions import Discrete
-from services.rl.envs import EnvSpec, Transition
+from services.rl.envs import EnvSpec, Transition, VectorEnv
 from services.rl.networks import ActorCritic, Inputs, PolicyOutput
 from services.rl.policy import Policy
 from services.rl.popart import PopArt
@@ -103,7 +103,7 @@ class Script:
     steps: Sequence[Step]
 
 
-class ScriptedEnv:
+class ScriptedEnv(VectorEnv):
     """Plays one script per environment, and remembers what it was told to do."""
 
     def __init__(self, spec: EnvSpec, scripts: Sequence[Script]) -> None:

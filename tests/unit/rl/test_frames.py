@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.actor.loop import Half
-from services.rl.envs import EnvSpec, Transition
+from services.rl.envs import EnvSpec, Transition, VectorEnv
 from services.rl.frames import stack_frames
 from tests.unit.rl.roundtrip import ACTIONS, LearnerEnd, Outbox, actor_loop
 
@@ -111,7 +111,7 @@ def test_too_few_frames_or_starts_of_another_shape_are_bugs(
 # ------------------------------------------------------------------------------- the actor and the learner
 
 
-class RandomFrames:
+class RandomFrames(VectorEnv):
     """Frames of noise, and episodes that end at random; autoreset as every suite does it."""
 
     def __init__(self, spec: EnvSpec, num_envs: int, end_rate: float) -> None:

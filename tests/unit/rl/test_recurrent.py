@@ -148,6 +148,17 @@ def test_without_starts_the_whole_unroll_is_one_call() -> None:
     assert calls == [12, 4, 5, 3]
 
 
+def test_the_forget_gate_begins_open_and_the_others_do_not() -> None:
+    size = 64
+    torch.manual_seed(3)
+    weights = RecurrentCore(F, A, size).lstm.state_dict()
+    bias = weights["bias_ih_l0"] + weights["bias_hh_l0"]
+    i, f, g, o = bias.chunk(4)
+    assert torch.equal(f, torch.ones(size))
+    for other in (i, g, o):
+        assert other.abs().max() <= 2 / size**0.5
+
+
 # ------------------------------------------------------------------------------------------ the network
 
 
