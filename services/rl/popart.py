@@ -61,12 +61,11 @@ class PopArt(nn.Module):
         step: the gradient was taken on the old scale. Where ``finite`` is false nothing moves.
         """
         count_K, sum_K, square_K = moments_3K
-        # A task that is absent keeps its statistics, and 0 / 0 never comes up.
-        step_K = torch.where((count_K > 0) & finite, self._config.step_size, 0.0)
-        samples_K = count_K.clamp(min=1.0)
-        # Sums of a batch that is not finite are weighed by 0, which does not make NaN go away.
-        mean_K = self.mean_K.lerp(torch.nan_to_num(sum_K / samples_K), step_K)
-        second_moment_K = self.second_moment_K.lerp(torch.nan_to_num(square_K / samples_K), step_K)
+        # A task that is absent keeps its statistics.
+        step_K = ((count_K > 0) & finite).double() * self._config.step_size
+        # Its 0 / 0 and sums that are not finite are weighed by 0, which does not make NaN go away.
+        mean_K = self.mean_K.lerp(torch.nan_to_num(sum_K / count_K), step_K)
+        second_moment_K = self.second_moment_K.lerp(torch.nan_to_num(square_K / count_K), step_K)
         old_K, new_K = self.sigmas, self._sigma(mean_K, second_moment_K)
         # sigma' n' + mu' = sigma n + mu for every input. The brackets keep a small bias from drowning in mu.
         self.linear.weight.mul_((old_K / new_K).unsqueeze(-1))

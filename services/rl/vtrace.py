@@ -55,7 +55,6 @@ def vtrace(
     if mask_TB is not None:
         deltas_TB = deltas_TB * mask_TB
         decays_TB = decays_TB * mask_TB
-
     if trusted_TB is not None:
         decays_TB = decays_TB * trusted_TB
 
