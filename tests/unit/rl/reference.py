@@ -34,6 +34,8 @@ class Column:
     terminated: Sequence[bool]
     is_reset: Sequence[bool]
     """The transition only brings the first observation of the next episode."""
+    trusted: Sequence[bool]
+    """False where lambda is 0, whatever ``Bars`` say."""
 
 
 def v_trace(column: Column, bars: Bars) -> tuple[list[float], list[float]]:
@@ -63,17 +65,27 @@ def _fill(
     """The piece [start, end) of an episode, whose observation ``end`` is worth ``last_value``."""
     piece = slice(start, end)
     vs[piece], advantages[piece] = v_trace_of_one_episode(
-        column.log_rhos[piece], column.rewards[piece], [*column.values[piece], last_value], column.gamma, bars
+        column.log_rhos[piece],
+        column.rewards[piece],
+        [*column.values[piece], last_value],
+        [bars.trace_lambda if trusted else 0.0 for trusted in column.trusted[piece]],
+        column.gamma,
+        bars,
     )
 
 
 def v_trace_of_one_episode(
-    log_rhos: Sequence[float], rewards: Sequence[float], values: Sequence[float], gamma: float, bars: Bars
+    log_rhos: Sequence[float],
+    rewards: Sequence[float],
+    values: Sequence[float],
+    lambdas: Sequence[float],
+    gamma: float,
+    bars: Bars,
 ) -> tuple[list[float], list[float]]:
     """v_s = V_s + sum_t gamma^(t-s) (prod_{i=s}^{t-1} c_i) rho_t (r_t + gamma V_{t+1} - V_t); V has T + 1."""
     T = len(rewards)
     rhos = [math.exp(log_rho) for log_rho in log_rhos]
-    cs = [bars.trace_lambda * min(bars.c_bar, rho) for rho in rhos]
+    cs = [lambdas[t] * min(bars.c_bar, rhos[t]) for t in range(T)]
     deltas = [min(bars.rho_bar, rhos[t]) * (rewards[t] + gamma * values[t + 1] - values[t]) for t in range(T)]
     vs = [
         values[s] + math.fsum(gamma ** (t - s) * math.prod(cs[s:t]) * deltas[t] for t in range(s, T))

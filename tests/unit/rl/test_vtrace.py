@@ -32,6 +32,7 @@ def of_one_column(
     discounts: list[float],
     log_rhos: list[float] | None = None,
     mask: list[float] | None = None,
+    trusted: list[float] | None = None,
     bars: Bars | None = None,
 ) -> tuple[list[float], list[float]]:
     """(v, advantages) for B = 1."""
@@ -42,6 +43,7 @@ def of_one_column(
         values_TB=column(values),
         bootstrap_value_B=torch.tensor([bootstrap_value], dtype=torch.float64),
         mask_TB=None if mask is None else column(mask),
+        trusted_TB=None if trusted is None else column(trusted),
         **vars(bars or Bars()),
     )
     return flat(result.vs_TB), flat(result.pg_advantages_TB)
@@ -154,6 +156,42 @@ def test_without_the_mask_the_next_episode_would_leak_into_a_truncated_one() -> 
     assert vs == pytest.approx([4.375, 6.75, 3.5, 7.0, 8.0])
 
 
+def test_an_untrusted_step_cuts_the_trace_there_and_keeps_its_own_temporal_difference() -> None:
+    # gamma = 1, values 0, rewards 1, 10, 100, 1000: on the whole v = 1111, 1110, 1100, 1000. Step 1 is cut:
+    # it still gains its own 10, and step 0 with it, but neither sees anything later. Steps 2 and 3 stay.
+    vs, advantages = of_one_column(
+        rewards=[1.0, 10.0, 100.0, 1000.0],
+        values=[0.0] * 4,
+        bootstrap_value=0.0,
+        discounts=[1.0] * 4,
+        trusted=[1, 0, 1, 1],
+    )
+    assert vs == [11.0, 10.0, 1100.0, 1000.0]
+    # The advantage looks one step ahead, at v_{s+1}, which a cut at s does not change.
+    assert advantages == [11.0, 1110.0, 1100.0, 1000.0]
+
+
+@pytest.mark.parametrize(
+    ("trusted", "vs"),
+    [
+        pytest.param([1, 1, 1, 1], [1111.0, 1110.0, 1100.0, 1000.0], id="nowhere"),
+        pytest.param([0, 1, 1, 1], [1.0, 1110.0, 1100.0, 1000.0], id="first"),
+        pytest.param([1, 1, 1, 0], [1111.0, 1110.0, 1100.0, 1000.0], id="last-has-nothing-after-it"),
+        pytest.param([0, 1, 0, 1], [1.0, 110.0, 100.0, 1000.0], id="two"),
+        pytest.param([0, 0, 0, 0], [1.0, 10.0, 100.0, 1000.0], id="everywhere-is-lambda-0"),
+    ],
+)
+def test_a_cut_reaches_only_the_steps_before_it(trusted: list[float], vs: list[float]) -> None:
+    result_vs, _ = of_one_column(
+        rewards=[1.0, 10.0, 100.0, 1000.0],
+        values=[0.0] * 4,
+        bootstrap_value=0.0,
+        discounts=[1.0] * 4,
+        trusted=trusted,
+    )
+    assert result_vs == vs
+
+
 def test_the_recursion_equals_the_papers_sum_on_500_random_unrolls() -> None:
     rng = np.random.default_rng(20)
     for _ in range(500):
@@ -161,9 +199,9 @@ def test_the_recursion_equals_the_papers_sum_on_500_random_unrolls() -> None:
         gamma = float(rng.choice([0.0, 0.5, 0.9, 0.99, 1.0]))
         bars = Bars(
             rho_bar=float(rng.choice([0.3, 1.0, 2.5, math.inf])),
-            c_bar=float(rng.choice([0.3, 1.0, 1.5])),
+            c_bar=float(rng.choice([0.3, 1.0, 1.5, 2.5])),
             pg_rho_bar=float(rng.choice([0.3, 1.0, 2.5, math.inf])),
-            trace_lambda=float(rng.choice([0.0, 0.7, 1.0])),
+            trace_lambda=float(rng.choice([0.0, 0.3, 0.7, 1.0])),
         )
         columns = [random_column(rng, T, gamma) for _ in range(B)]
         result = vtrace_of(columns, bars)
@@ -174,7 +212,8 @@ def test_the_recursion_equals_the_papers_sum_on_500_random_unrolls() -> None:
 
 
 def random_column(rng: np.random.Generator, T: int, gamma: float) -> Column:
-    """Episodes that end anywhere: terminated, out of time, or with a life lost and no reset."""
+    """Episodes that end anywhere (terminated, out of time, or a life lost without a reset), and cuts."""
+    cut_rate = rng.choice([0.0, 0.1, 0.5])
     end_rate = rng.choice([0.0, 0.05, 0.3])
     terminated, is_reset = np.zeros(T, np.bool_), np.zeros(T, np.bool_)
     over = rng.random() < end_rate  # the unroll before may have ended with an episode
@@ -193,6 +232,7 @@ def random_column(rng: np.random.Generator, T: int, gamma: float) -> Column:
         gamma=gamma,
         terminated=list(terminated),
         is_reset=list(is_reset),
+        trusted=list(rng.random(T) >= cut_rate),
     )
 
 
@@ -209,6 +249,7 @@ def vtrace_of(columns: list[Column], bars: Bars) -> VTrace:
         values_TB=stacked("values"),
         bootstrap_value_B=stacked("bootstrap_value"),
         mask_TB=(~stacked("is_reset")).double(),
+        trusted_TB=stacked("trusted").double(),
         **vars(bars),
     )
 
