@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"  # before torch is imported: all figures are per core
     from benchmarks import parts, system, wire
-    from benchmarks.options import Options
+    from benchmarks.options import VARIANTS, Options
 
     measurements = {"parts": parts.measure, "wire": wire.measure, "system": system.measure}
     parser = argparse.ArgumentParser(
@@ -32,16 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each whole-system run (default 60)")
     parser.add_argument("--env", default="ALE/Pong-v5", help="what is played (default ALE/Pong-v5)")
     parser.add_argument(
-        "--networks", default="shallow,nature", help="comma-separated (default shallow,nature)"
+        "--variants",
+        default="shallow,nature",
+        help=f"comma-separated, of {', '.join(VARIANTS)}, or all (default shallow,nature)",
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.names if name not in measurements]
     if unknown:
         parser.error(f"no measurement {unknown[0]!r}; allowed are {', '.join(measurements)}")
-    options = Options(
-        env=arguments.env, networks=tuple(arguments.networks.split(",")), seconds=arguments.seconds
-    )
+    variants = tuple(VARIANTS) if arguments.variants == "all" else tuple(arguments.variants.split(","))
+    strange = [name for name in variants if name not in VARIANTS]
+    if strange:
+        parser.error(f"--variants: no variant {strange[0]!r}; allowed are {', '.join(VARIANTS)} and all")
+    options = Options(env=arguments.env, variants=variants, seconds=arguments.seconds)
     results = {name: measurements[name](options) for name in arguments.names or measurements}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

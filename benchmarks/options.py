@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+FOUR_GAMES = "ALE/Pong-v5,ALE/Breakout-v5,ALE/Seaquest-v5,ALE/SpaceInvaders-v5"
+
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "shallow": ("--network", "shallow"),
+    "shallow+lstm": ("--network", "shallow", "--lstm"),
+    "nature": ("--network", "nature"),
+    "nature+lstm": ("--network", "nature", "--lstm"),
+    "deep": ("--network", "deep"),
+    "deep+lstm": ("--network", "deep", "--lstm"),
+    "popart-4-games": ("--network", "shallow", "--popart", "--tasks", FOUR_GAMES),
+    "replay-7": ("--network", "shallow", "--replay.ratio", "7", "--replay.capacity", "200000"),
+}
+"""What can be measured, and the flags that make it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +27,12 @@ class Options:
     """Of one call of ``make bench``."""
 
     env: str
-    networks: tuple[str, ...]
+    variants: tuple[str, ...]
     seconds: float
+
+    def flags(self, variant: str) -> list[str]:
+        """Of ``impala train``."""
+        return ["--env", self.env, *VARIANTS[variant]]
 
 
 def median_seconds(run: Callable[[], object], at_least_s: float = 2.0, warm_up: int = 2) -> float:

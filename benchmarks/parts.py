@@ -20,9 +20,11 @@ from services.learner.group import Group
 from services.learner.trainer import Trainer
 from services.rl import precision
 from services.rl.actions import Discrete
-from services.rl.envs import EnvSpec, env_spec, make_vector_env
+from services.rl.envs import EnvSpec, VectorEnv
 from services.rl.networks import make_network
+from services.rl.networks.recurrent import cuts_of
 from services.rl.policy import Policy
+from services.rl.tasks import deal, tasks_of, tasks_spec
 
 CPU = torch.device("cpu")
 HALF = 16
@@ -32,18 +34,20 @@ ENV_STEPS = 60
 def measure(options: Options) -> dict[str, float]:
     """Rates in agent steps per second and core."""
     torch.set_num_threads(1)
-    config = configuration.load(flags=["--env", options.env])
-    spec = env_spec(config.env)
     heading(f"parts of {options.env}, agent steps/s on one core")
-    figures = {"env": environment_rate(config)}
-    row("environment", f"{figures['env']:,.0f}")
-    for name in options.networks:
+    figures: dict[str, float] = {}
+    for variant in options.variants:
+        config = configuration.load(flags=options.flags(variant))
+        tasks = tasks_of(config)
+        spec = tasks_spec(tasks)
+        env = environment_rate(deal(0, 2 * HALF, len(tasks))[0].make(tasks, spec.num_actions, num_threads=1))
+        figures[f"{variant} env"] = env
+        row(f"{variant} environment", f"{env:,.0f}")
         for dtype in dict.fromkeys((precision.resolve("auto", CPU), torch.float32)):
-            config = configuration.load(flags=["--env", options.env, "--network", name])
-            label = f"{name} {str(dtype).removeprefix('torch.')}"
+            label = f"{variant} {str(dtype).removeprefix('torch.')}"
             inference, training = inference_rate(config, spec, dtype), training_rate(config, spec, dtype)
             cores = os.cpu_count() or 1
-            bound = cores / (1 / figures["env"] + 1 / inference + 1 / training)
+            bound = cores / (1 / env + 1 / inference + 1 / training)
             figures |= {
                 f"{label} inference": inference,
                 f"{label} training": training,
@@ -58,9 +62,8 @@ def measure(options: Options) -> dict[str, float]:
     return figures
 
 
-def environment_rate(config: RunConfig) -> float:
-    """Half a vector of environments, one thread, random actions."""
-    env = make_vector_env(config.env, HALF, num_threads=1)
+def environment_rate(env: VectorEnv) -> float:
+    """Half an actor's environments, random actions."""
     env.reset(1)
     rng = np.random.default_rng(1)
 
@@ -76,7 +79,7 @@ def environment_rate(config: RunConfig) -> float:
 
 def inference_rate(config: RunConfig, spec: EnvSpec, dtype: torch.dtype) -> float:
     """What the actor does per half and step: stack, network, sample."""
-    network = make_network(spec, config.network)
+    network = make_network(spec, config.network, len(tasks_of(config)), config.popart)
     tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     policy = Policy(
         network=network,
@@ -96,10 +99,10 @@ def inference_rate(config: RunConfig, spec: EnvSpec, dtype: torch.dtype) -> floa
 
 
 def training_rate(config: RunConfig, spec: EnvSpec, dtype: torch.dtype) -> float:
-    """What the trainer does per batch: restack, forward, loss, backward, optimiser step."""
+    """What the trainer does per batch: restack, forward, loss, backward, optimiser step. In fresh steps."""
     actions = Discrete(spec.num_actions)
     trainer = Trainer(
-        network=make_network(spec, config.network),
+        network=make_network(spec, config.network, len(tasks_of(config)), config.popart),
         actions=actions,
         config=config,
         frame_stack=spec.frame_stack,
@@ -115,11 +118,11 @@ def random_batch(config: RunConfig, spec: EnvSpec, actions: Discrete) -> Batch:
     """A batch of noise, of the run's shapes."""
     rng = np.random.default_rng(1)
     arrays = {}
-    for name, array in rollout_schema(spec, actions, config.unroll_length).items():
+    for name, array in rollout_schema(spec, actions, config.unroll_length, config.network).items():
         shape = (config.batch_size, *array.shape)
         values: NDArray[Any]
         if name in ("episode_start", "terminated"):
-            values = rng.random(shape) < 0.01
+            values = rng.random(shape) < 0.001
         elif array.dtype == "float32":
             values = rng.standard_normal(shape)
         else:
@@ -133,5 +136,6 @@ def random_batch(config: RunConfig, spec: EnvSpec, actions: Discrete) -> Batch:
         tasks=(0,) * columns,
         policy_versions=(0,) * columns,
         num_fresh=config.fresh_per_update,
+        cuts=cuts_of(arrays["episode_start"].T[spec.frame_stack - 1 :]),
         release=lambda: None,
     )

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import parts
@@ -24,18 +25,18 @@ WARM_UP_S = 15.0
 
 
 def measure(options: Options) -> dict[str, dict[str, float]]:
-    """Per network: steps/s after a warm-up, and what it cost."""
+    """Per variant: steps/s after a warm-up, and what it cost."""
     bounds = parts.measure(options)
     heading(f"impala train --env {options.env}, {os.cpu_count()} cores, {options.seconds:.0f} s each")
-    row("network", "steps/s", "of bound", "memory MB", "bytes/step", "learner waits", "mean lag")
+    row("variant", "steps/s", "of bound", "memory MB", "bytes/step", "learner waits", "mean lag")
     results = {}
-    for network in options.networks:
-        figures = run(options.env, network, options.seconds)
-        best_bound = max(value for key, value in bounds.items() if key.startswith(network) and "bound" in key)
+    for variant in options.variants:
+        figures = run(options.flags(variant), options.seconds)
+        best_bound = max(bounds[key] for key in bounds if key.startswith(f"{variant} ") and "bound" in key)
         figures["of_bound"] = figures["steps_per_second"] / best_bound
-        results[network] = figures
+        results[variant] = figures
         row(
-            network,
+            variant,
             f"{figures['steps_per_second']:,.0f}",
             f"{figures['of_bound']:.2f}",
             f"{figures['memory_mb']:,.0f}",
@@ -46,11 +47,11 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
     return results
 
 
-def run(env: str, network: str, seconds: float) -> dict[str, float]:
+def run(flags: Sequence[str], seconds: float) -> dict[str, float]:
     """One run of ``seconds`` after the warm-up; medians over its reports."""
     directory = Path(tempfile.mkdtemp(prefix="impala-bench-"))
     run_dir = directory / "run"
-    command = [sys.executable, "-m", "services.cli", "train", "--plain", "--env", env, "--network", network]
+    command = [sys.executable, "-m", "services.cli", "train", "--plain", *flags]
     launcher = subprocess.Popen(
         [*command, "--run-dir", str(run_dir)], stdout=subprocess.DEVNULL, start_new_session=True
     )
