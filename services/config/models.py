@@ -132,9 +132,9 @@ class PopArtConfig(Section):
     """Without it the scale is that of the (clipped) rewards, for all tasks."""
     step_size: Annotated[float, Field(gt=0, le=1)] = 3e-4
     """beta: how far an update moves the statistics towards those of its batch."""
-    min_sigma: PositiveFloat = 1e-4
-    """Least scale."""
-    max_sigma: PositiveFloat = 1e6
+    min_sigma: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Least scale. Every task begins with 1."""
+    max_sigma: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1e6
     """Greatest scale."""
 
 
@@ -363,11 +363,6 @@ class RunConfig(Section):
         if self.preset not in PRESETS:
             raise ValueError(f"preset = {self.preset!r}: {suggest(self.preset, PRESETS)}")
         self._check_replay()
-        if self.popart.min_sigma >= self.popart.max_sigma:
-            raise ValueError(
-                f"popart.min_sigma = {self.popart.min_sigma}: allowed is less than popart.max_sigma = "
-                f"{self.popart.max_sigma}"
-            )
         if self.queue_capacity < self.fresh_per_update:
             raise ValueError(
                 f"learner.queue_capacity = {self.queue_capacity}: a batch with {self.fresh_per_update} fresh "

@@ -250,7 +250,8 @@ def test_a_wrong_element_of_a_list_is_named_by_its_place() -> None:
             ["--replay.ratio=7", "--lstm", "--replay.recurrent_state=recomputed", "--replay.burn_in=20"],
             "replay.burn_in = 20: leaves nothing to train on; allowed is less than unroll_length = 20",
         ),
-        (["--popart.min_sigma", "1e6"], "popart.min_sigma = 1000000.0: allowed is less than"),
+        (["--popart.min_sigma", "2"], "allowed is less than or equal to 1"),
+        (["--popart.max_sigma", "0.5"], "allowed is greater than or equal to 1"),
         (
             ["--paramserver.hold_s", "30"],
             "paramserver.hold_s = 30.0: allowed is less than half of paramserver.seat_lease_s = 30.0",
