@@ -34,10 +34,10 @@ def test_the_road_of_a_rollout_passes_through_every_pod_and_both_libraries() -> 
 
 def test_every_training_command_in_the_readme_is_a_valid_configuration() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(
-        r"^(?:\$|host-\w\$) impala (train|actor|learner|paramserver) +([^#\n]*)", text, re.M
-    )
-    assert len(commands) >= 8
+    pods = "(train|actor|learner|paramserver|evaluator)"
+    commands = re.findall(rf"^(?:\$|host-\w\$) impala {pods} +([^#\n]*)", text, re.M)
+    commands += re.findall(rf"`impala {pods} ([^`]*)`", text)
+    assert len(commands) >= 20
     for _, flags in commands:
         words = shlex.split(flags)
         for own in ("--resume", "--run-dir", "--actor-id", "--learner-id"):  # of the command, not of the run
