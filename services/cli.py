@@ -18,16 +18,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-PODS = ("actor", "learner", "paramserver")
+PODS = ("actor", "learner", "paramserver", "evaluator")
 
 USAGE = """\
 usage: impala <command> [flags]
 
   train         train on this machine: parameter server, learner and actors as processes
+  evaluate      play whole episodes with a checkpoint, and say what they are worth
   config        show the effective configuration; `impala config --help` explains every key
   actor         run one actor
   learner       run one learner
   paramserver   run the parameter server
+  evaluator     run one evaluator, which plays whole episodes with the newest weights of a run
 
 `impala <command> --help` says more. `impala --version` prints the version.
 """
@@ -52,6 +54,28 @@ Every key of the configuration is a flag too; `impala config --help` lists them 
   --learning-rate 3e-4 --entropy-cost 0.01 --batch_size 32 --unroll_length 20 --seed 7
 """
 
+EVALUATE_USAGE = """\
+usage: impala evaluate RUN_OR_CHECKPOINT [flags]
+
+Plays whole episodes of each task: no lost life ends a game, and levels of DMLab are those kept for testing.
+Prints a table, and writes a JSON file with every return into the run's directory, below evaluations/. A run
+is the directory that `impala train` has made; of several checkpoints in it, the newest that is usable counts.
+
+  --episodes N       of each task; default evaluator.episodes
+  --greedy           always the policy's most likely action, instead of one drawn from the policy
+  --tasks A,B        only these of the run's tasks, or those of a suite: atari57, dmlab30
+  --best             the run's best checkpoint instead of its newest
+  --json FILE        where the results go
+  --num-envs N       environments that play at the same time; default evaluator.num_envs
+  --workers N        processes, each with a task of its own; default as many as there are cores
+
+The configuration is the checkpoint's own. Every key of it is a flag too (`impala config --help`), such as
+
+  --env.sticky_actions 0.25 --seed 7
+
+The same checkpoint, flags and seed give the same returns again.
+"""
+
 CONFIG_USAGE = """\
 usage: impala config [--config FILE] [flags]    print the effective configuration as YAML
        impala config --schema                   print the JSON schema of a configuration file
@@ -66,6 +90,7 @@ the ones before it. The key learner.queue_capacity, for example, is
 
 OWN_FLAGS = {
     "train": ("--config", "--run-dir", "--resume", "--plain"),
+    "evaluate": ("--episodes", "--greedy", "--tasks", "--best", "--json", "--num-envs", "--workers"),
     "config": ("--config", "--schema"),
 }
 """Beside the keys of the configuration."""
@@ -120,6 +145,11 @@ def _dispatch(arguments: list[str]) -> int:
             print(TRAIN_USAGE, end="")
         else:
             return _train(flags)
+    elif command == "evaluate":
+        if wants_help:
+            print(EVALUATE_USAGE, end="")
+        else:
+            return _evaluate(flags)
     elif command == "config":
         if wants_help:
             _explain_config()
@@ -133,7 +163,7 @@ def _dispatch(arguments: list[str]) -> int:
         else:
             return int(importlib.import_module(f"services.{command}.__main__").main(flags))
     else:
-        known = ["train", "config", *PODS]
+        known = ["train", "evaluate", "config", *PODS]
         close = difflib.get_close_matches(command, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
         raise ConfigError(f"unknown command {command!r}; {hint}")
@@ -160,6 +190,45 @@ def _train(flags: list[str]) -> int:
         if "run_dir" not in run_config.model_fields_set:
             run_config = run_dir.with_new_run_dir(run_config, datetime.now())
     return train.train(run_config, resume=resumed is not None, plain=plain)
+
+
+def _evaluate(flags: list[str]) -> int:
+    from services.config import ConfigError
+    from services.ops.pod import find_modules_here
+    from services.ops.threads import limit_threads
+
+    best = _take_switch(flags, "--best")
+    greedy = _take_switch(flags, "--greedy")
+    tasks = _take_value(flags, "--tasks")
+    output = _take_value(flags, "--json")
+    workers = _take_value(flags, "--workers")
+    episodes = _take_value(flags, "--episodes")
+    num_envs = _take_value(flags, "--num_envs") or _take_value(flags, "--num-envs")
+    if workers is not None and not (workers.isdecimal() and int(workers) > 0):
+        raise ConfigError(f"--workers = {workers!r}: allowed is a whole number, at least 1")
+    if not flags or flags[0].startswith("--"):
+        raise ConfigError(
+            "a run's directory or a checkpoint file is missing: impala evaluate RUN_OR_CHECKPOINT [flags]"
+        )
+    target = Path(flags.pop(0))
+    if episodes is not None:
+        flags += ["--evaluator.episodes", episodes]
+    if num_envs is not None:
+        flags += ["--evaluator.num_envs", num_envs]
+    if greedy:
+        flags += ["--evaluator.actions", "greedy"]
+    find_modules_here()
+    limit_threads(1)  # before anything imports torch
+
+    from services.local import evaluate
+
+    options = evaluate.Options(
+        best=best,
+        tasks=tasks,
+        json=Path(output) if output else None,
+        workers=int(workers) if workers else None,
+    )
+    return evaluate.evaluate(target, flags, options)
 
 
 def _show_config(flags: list[str]) -> None:
@@ -212,7 +281,7 @@ def _take_value(flags: list[str], name: str) -> str | None:
     index = 0
     while index < len(flags):
         if flags[index] == name:
-            if index + 1 == len(flags):
+            if index + 1 == len(flags) or flags[index + 1].startswith("--"):
                 raise ConfigError(f"{name}: a value is missing")
             value = flags[index + 1]
             del flags[index : index + 2]

@@ -59,11 +59,13 @@ Complaint = Callable[[Sequence[str]], str]
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0
     output = capsys.readouterr().out
-    for command in ("train", "config", "actor", "learner", "paramserver"):
+    for command in ("train", "evaluate", "config", "actor", "learner", "paramserver", "evaluator"):
         assert f"\n  {command} " in output
 
 
-@pytest.mark.parametrize("command", ["train", "config", "actor", "learner", "paramserver"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "config", "actor", "learner", "paramserver", "evaluator"]
+)
 def test_every_command_has_help_that_fits_a_terminal(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +91,8 @@ def test_help_on_the_configuration_lists_every_key_alias_and_preset(
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["--version"], ["train", "--help"], ["config"], ["actor", "--help"]]
+    "argv",
+    [["--help"], ["--version"], ["train", "--help"], ["evaluate", "--help"], ["config"], ["actor", "--help"]],
 )
 def test_commands_that_only_tell_import_nothing_heavy(argv: list[str]) -> None:
     program = (
@@ -214,12 +217,16 @@ def test_modules_where_the_user_is_are_found_after_all_others(
     ("argv", "line"),
     [
         (["trian"], "impala: unknown command 'trian'; did you mean train?\n"),
-        (["xyz"], "impala: unknown command 'xyz'; allowed are train, config, actor, learner, paramserver\n"),
+        (
+            ["xyz"],
+            f"impala: unknown command 'xyz'; allowed are train, evaluate, config, {', '.join(cli.PODS)}\n",
+        ),
         (["train", "--batch_szie", "3"], "impala: --batch_szie: unknown key; did you mean batch_size?\n"),
         (["train", "--resum", "x"], "impala: --resum: unknown flag; did you mean --resume?\n"),
         (["train", "--plan"], "impala: --plan: unknown flag; did you mean --plain?\n"),
         (["config", "--conf", "x"], "impala: --conf: unknown flag; did you mean --config?\n"),
         (["train", "--config"], "impala: --config: a value is missing\n"),
+        (["train", "--config", "--plain"], "impala: --config: a value is missing\n"),
         (["train", "--resume="], "impala: --resume: a value is missing\n"),
         (
             ["train", "--resume", "/nowhere"],
@@ -255,14 +262,14 @@ def test_a_wrong_environment_is_a_mistake_and_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("role", ["actor", "learner", "paramserver"])
+@pytest.mark.parametrize("role", ["actor", "learner", "paramserver", "evaluator"])
 def test_the_help_of_a_pod_names_all_flags_of_its_own(role: str, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main([role, "--help"])
     output = capsys.readouterr().out
     assert all(flag in output for flag in ("--config FILE", f"--{role}-id NAME", "--parent-pid PID"))
 
 
-@pytest.mark.parametrize("role", ["actor", "learner", "paramserver"])
+@pytest.mark.parametrize("role", ["actor", "learner", "paramserver", "evaluator"])
 def test_a_pod_refuses_a_wrong_configuration_with_exit_code_2(role: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "services.cli", role, "--batch_size", "0"],

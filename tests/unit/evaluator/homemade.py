@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -43,6 +45,33 @@ class Diary(gymnasium.Env[Any, Any]):
 
 def diary(num_actions: int = 2) -> gymnasium.Env[Any, Any]:
     return Diary(num_actions)
+
+
+class Beacon(Diary):
+    """Leaves a file with its process's id when it is played."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self._directory = Path(directory)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        (self._directory / str(os.getpid())).touch()
+        return super().step(action)
+
+
+class Refusing(Diary):
+    """Lacks something that only its user can bring."""
+
+    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
+        raise ValueError("env.kwargs.dataset_path = '':\n    the images are missing")
+
+
+def refusing() -> gymnasium.Env[Any, Any]:
+    return Refusing()
+
+
+def beacon(directory: str) -> gymnasium.Env[Any, Any]:
+    return Beacon(directory)
 
 
 def wide() -> gymnasium.Env[Any, Any]:
