@@ -376,6 +376,7 @@ def playing(run_dir: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
         [sys.executable, "-m", "services.cli", "evaluate", *flags],
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"TMPDIR": str(run_dir)},  # a killed command leaves its file with the weights
         start_new_session=True,
     )
     try:
