@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,6 +31,13 @@ Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 """`tcp://host:port` or `ipc:///path`."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
+FRESH_ENOUGH_ROLLOUTS = 640
+"""A rollout is not stale while no more than so many were trained on since it was begun: 20 batches of 32.
+Small batches are fast, and hundreds of versions pass while newer weights are on their way to the actors."""
+KERNEL_ROLLOUTS = 64
+"""What the kernel holds of a connection beside the queues at both ends: 40 to 100 small rollouts in the
+208 kB of a Unix socket."""
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, strict about types, unknown keys refused."""
@@ -41,8 +49,8 @@ class EnvConfig(Section):
     """What is played."""
 
     id: str = "ALE/Pong-v5"
-    """A built-in (`catch`, `recall`), an Atari game (`ALE/Pong-v5`), a ViZDoom scenario (`doom_basic`), a level
-    of DeepMind Lab (`dmlab/explore_goal_locations_small`), any registered Gymnasium id, or
+    """A built-in (`catch`, `recall`), an Atari game (`ALE/Pong-v5`), a ViZDoom scenario (`doom_basic`), a
+    level of DeepMind Lab (`dmlab/explore_goal_locations_small`), any registered Gymnasium id, or
     `package.module:factory` of your own."""
     kwargs: dict[str, str | int | float | bool | None] = {}
     """Keyword arguments for the built-in, for `gymnasium.make` or for your factory."""
@@ -210,8 +218,9 @@ class LearnerConfig(Section):
     """Rollouts that may wait, still compressed; null is the fresh ones of two batches. When it is full the
     learner stops reading and the actors wait: a longer queue only makes the rollouts older."""
     max_policy_lag: PositiveInt | None = None
-    """Rollouts more than this many versions behind the learner are dropped and counted; null is 20, or twice
-    what the fleet has in flight if that is more: actors x num_envs / (batch_size x learners)."""
+    """Rollouts more than this many versions behind the learner are dropped and counted. null is 20 (more with
+    batches of fewer than 32 fresh rollouts), or twice what a large fleet may have under way, or with replay
+    what the memory holds, which is trained on at that age anyway: whichever is most."""
     max_nonfinite_updates: PositiveInt = 10
     """Consecutive updates with a non-finite gradient, each skipped, after which the learner gives up."""
     log_interval_s: Annotated[float, Field(gt=0, le=600)] = 5.0
@@ -350,13 +359,30 @@ class RunConfig(Section):
     @property
     def batches_in_flight(self) -> int:
         """How many updates one unroll of the whole fleet is worth: policy lag that no setting can avoid."""
-        per_update = self.fresh_per_update * len(self.wire.learner_endpoints)
-        return -(-self.actors * self.actor.num_envs // per_update)
+        return math.ceil(self.actors * self.actor.num_envs / self._fresh_per_version)
 
     @property
     def max_policy_lag(self) -> int:
         """Versions behind the learner at which a rollout is dropped."""
-        return self.learner.max_policy_lag or max(20, 2 * self.batches_in_flight)
+        if self.learner.max_policy_lag is not None:
+            return self.learner.max_policy_lag
+        meanwhile = max(FRESH_ENOUGH_ROLLOUTS, 2 * self._most_rollouts_under_way)
+        replayed = self.replay.capacity // self.steps_per_update if self.replay.ratio else 0
+        return max(20, math.ceil(meanwhile / self._fresh_per_version), replayed)
+
+    @property
+    def _fresh_per_version(self) -> int:
+        """Rollouts that all learners together take from the actors for one update."""
+        return self.fresh_per_update * len(self.wire.learner_endpoints)
+
+    @property
+    def _most_rollouts_under_way(self) -> int:
+        """Acted and not trained on, while the learners hold back the fleet: everything is full."""
+        learners = len(self.wire.learner_endpoints)
+        of_a_connection = self.wire.send_queue + self.wire.receive_queue + KERNEL_ROLLOUTS
+        of_an_actor = 2 * self.actor.num_envs + learners * of_a_connection  # one is played, one waits
+        of_a_learner = self.queue_capacity + 2 * self.fresh_per_update  # two batches are laid out
+        return self.actors * of_an_actor + learners * of_a_learner
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> RunConfig:

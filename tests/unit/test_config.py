@@ -376,6 +376,30 @@ def test_importing_the_configuration_imports_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [
+        ([], 20),
+        # 640 rollouts are 20 batches of 32, 40 of 16, 320 of 2; never fewer than 20
+        (["--batch_size", "64"], 20),
+        (["--batch_size", "16"], 40),
+        (["--batch_size", "2"], 320),
+        (["--batch_size", "2", "--learner.max_policy_lag", "20"], 20),
+        # 64 in unrolls + 2 + 2 + 64 in sockets for each actor, 64 queued + 64 laid out; of which twice
+        (["--actors", "2"], 25),  # 2 x 132 + 128 = 392
+        (["--actors", "4"], 41),  # 4 x 132 + 128 = 656
+        (["--actors", "4", "--wire.receive_queue", "64"], 57),  # 4 x 194 + 128 = 904, where 40 was not enough
+        # two learners take 64 at once, and each actor has a connection to both: 8 x 200 + 256 = 1856
+        (["--actors", "8", "--wire.learner_endpoints", "tcp://a:1,tcp://b:1"], 58),
+        # 200,000 steps are held, and an update takes 4 fresh rollouts of 20 steps each
+        (["--replay.ratio", "7"], 2500),
+        (["--replay.ratio", "7", "--replay.capacity", "640"], 160),
+    ],
+)
+def test_no_rollout_is_stale_that_a_healthy_fleet_may_have_under_way(flags: list[str], limit: int) -> None:
+    assert load(flags=flags).max_policy_lag == limit
+
+
 def test_derived_figures() -> None:
     config = load(flags=["--unroll_length", "10", "--batch_size", "4"])
     assert config.steps_per_update == 40
