@@ -1,4 +1,4 @@
-"""Files that grow by whole lines and whole events or not at all, and TensorBoard's framing of events.
+"""TensorBoard's framing of events.
 
 Not tensorboardX's writer: its thread dies of a full disk, and then its callers wait for ever for room in its
 queue.
@@ -6,33 +6,15 @@ queue.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import struct
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
-
-
-def append(path: Path, data: bytes, header: bytes = b"") -> None:
-    """Add ``data`` to the file, in a new one after ``header``; or, with an OSError, nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        data = data if end else header + data
-        written = 0
-        try:
-            written = file.write(data)
-        finally:
-            if written < len(data):
-                file.truncate(end)
-        if written < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def event_file_name() -> str:

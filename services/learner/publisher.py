@@ -6,7 +6,7 @@
     may drop   versions: while one is on its way, newer ones are not even copied; never the last one
 
 Between versions it keeps asking what the server holds, so a restarted server gets the weights again. Beside
-``actor/weights.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for weights.
+``rl/policy.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for weights.
 """
 
 from __future__ import annotations

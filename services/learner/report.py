@@ -18,8 +18,9 @@ from pathlib import Path
 from prometheus_client import Gauge
 
 from services.learner.episodes import Episodes, TaskEpisodes, mean, suite_summary
-from services.learner.event_file import append, event, event_file_name, file_header
+from services.learner.event_file import event, event_file_name, file_header
 from services.learner.trainer import Figures
+from services.ops.append import append
 from services.ops.logging import get_logger
 from services.ops.metrics import LearnerMetrics, ReplayMetrics
 
