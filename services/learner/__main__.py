@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # torch only after the threads are limited
     from services.wire import codec
     from services.wire.messages import ArraySpec, Weights
 
-STOP_S = 2.0
+STOP_S = 4.0
+"""For each thread; the batcher's may need ``replay_log.CLOSE_S`` of it."""
 FIND_NEWER_S = 3.0
 
 
@@ -109,6 +110,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     newer = publisher.fetch_newer(trainer.version, trainer.steps, state, FIND_NEWER_S)
     if newer is not None:
         adopt(config, trainer, newer)
+    account_for(trainer.steps, episodes)
     metrics.policy_version.set(trainer.version)
     metrics.steps.set(trainer.steps)
     log.info(
@@ -205,8 +207,6 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     publisher.wake()
     for thread in [*threads, publishing]:
         thread.join(STOP_S)
-    if replay is not None:
-        replay.close()
     receiver.close()
     health.close()
     log.info("stopped", exit_code=lifecycle.exit_code, steps=trainer.steps, policy_version=trainer.version)
@@ -291,6 +291,17 @@ def adopt(config: RunConfig, trainer: Trainer, newer: Weights) -> None:
             "with, or another run_id"
         ) from None
     trainer.version, trainer.steps = newer.version, newer.steps
+
+
+def account_for(steps: int, episodes: Episodes) -> None:
+    """Spread what was trained after the tasks' steps were last saved over the tasks, as seats are.
+
+    A checkpoint knows them as of its last report, and weights that the parameter server held not at all. Of
+    a single task the sum is exact.
+    """
+    of_tasks = [task["steps"] for task in episodes.state_dict()["tasks"]]
+    each, rest = divmod(max(0, steps - sum(of_tasks)), len(of_tasks))
+    episodes.trained([each + (task < rest) for task in range(len(of_tasks))])
 
 
 def resolve_device(name: str) -> torch.device:

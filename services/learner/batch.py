@@ -158,7 +158,14 @@ class Batcher:
             return None
 
     def run(self) -> None:
-        """Fill free buffers with the oldest rollouts."""
+        """Fill free buffers with the oldest rollouts; at the end close the replay, which is this thread's."""
+        try:
+            self._fill_slots()
+        finally:
+            if self._replay is not None:
+                self._replay.close()
+
+    def _fill_slots(self) -> None:
         while not self._stopping.is_set():
             try:
                 slot = self._free.get(timeout=POLL_S)
@@ -170,46 +177,52 @@ class Batcher:
 
     def _fill(self, slot: _Slot) -> Batch | None:
         """The batch that is now in the slot; None if the pod stops before it is full."""
-        versions: list[int] = []
-        tasks: list[int] = []
-
-        def add(rollout: Rollout) -> bool:
-            if not self._unpack(rollout, slot, len(tasks)):
-                return False
-            versions.append(rollout.policy_version)
-            tasks.append(rollout.task)
-            return True
-
+        columns: list[Rollout] = []
         num_fresh = self._batch_size - (self._replay.share(self._batch_size) if self._replay else 0)
-        while len(tasks) < num_fresh:
-            # Without replay a batch at once; a batch that has to do without may be more than the queue holds.
-            count = min(num_fresh - len(tasks), self._rollouts.capacity)
-            taken = self._rollouts.take(count, POLL_S)
-            if not taken and self._stopping.is_set():
-                return None
-            for rollout in taken:
-                # Every other buffer that is not free is a batch that will be trained on before this one.
-                if self._freshness.stale(rollout, updates_ahead=NUM_SLOTS - 1 - self._free.qsize()):
-                    self._metrics.rollouts.labels("stale").inc()
-                elif add(rollout):
-                    self._metrics.rollouts.labels("ok").inc()
-                    if self._replay:
-                        self._replay.remember(rollout)
-            self._metrics.queue_depth.set(len(self._rollouts))
-        while len(tasks) < self._batch_size:
-            assert self._replay is not None
-            for rollout in self._replay.draw(self._batch_size - len(tasks)):
-                add(rollout)
+        if not self._add_fresh(slot, columns, num_fresh):
+            return None
+        if self._replay is not None and not self._add_replayed(self._replay, slot, columns):
+            return None
+        tasks = tuple(rollout.task for rollout in columns)
         slot.task.numpy()[:] = tasks
         return Batch(
             **slot.tensors,
             task=slot.task,
-            tasks=tuple(tasks),
-            policy_versions=tuple(versions),
+            tasks=tasks,
+            policy_versions=tuple(rollout.policy_version for rollout in columns),
             num_fresh=num_fresh,
             cuts=self._cuts(slot),
             release=functools.partial(self._free.put, slot),
         )
+
+    def _add_fresh(self, slot: _Slot, columns: list[Rollout], num_fresh: int) -> bool:
+        """Take the oldest rollouts that are not stale; False if the pod stops before there are enough."""
+        while len(columns) < num_fresh:
+            # Without replay a batch at once; a batch that has to do without may be more than the queue holds.
+            count = min(num_fresh - len(columns), self._rollouts.capacity)
+            taken = self._rollouts.take(count, POLL_S)
+            if not taken and self._stopping.is_set():
+                return False
+            for rollout in taken:
+                # Every other buffer that is not free is a batch that will be trained on before this one.
+                if self._freshness.stale(rollout, updates_ahead=NUM_SLOTS - 1 - self._free.qsize()):
+                    self._metrics.rollouts.labels("stale").inc()
+                elif self._add(rollout, slot, columns):
+                    self._metrics.rollouts.labels("ok").inc()
+            self._metrics.queue_depth.set(len(self._rollouts))
+        return True
+
+    def _add_replayed(self, replay: Replay, slot: _Slot, columns: list[Rollout]) -> bool:
+        """Fill up with past rollouts, then remember the fresh ones; False if the pod stops before that."""
+        fresh = tuple(columns)
+        while len(columns) < self._batch_size:  # once, unless one of them is damaged
+            if self._stopping.is_set():
+                return False
+            for rollout in replay.draw(self._batch_size - len(columns)):
+                self._add(rollout, slot, columns)
+        for rollout in fresh:  # not any sooner, or a batch might replay what is fresh in it
+            replay.remember(rollout)
+        return True
 
     def _cuts(self, slot: _Slot) -> tuple[int, ...]:
         """Found here, on the host, because the device would have to be waited for."""
@@ -218,11 +231,13 @@ class Batcher:
         first = slot.tensors["episode_start"].shape[1] - slot.tensors["action"].shape[1] - 1
         return cuts_of(slot.tensors["episode_start"].T[first:])
 
-    def _unpack(self, rollout: Rollout, slot: _Slot, column: int) -> bool:
+    def _add(self, rollout: Rollout, slot: _Slot, columns: list[Rollout]) -> bool:
+        """Unpack it into the next column; False, and refused, if it is damaged."""
         try:
             for name, packed in rollout.arrays.items():
-                self._unpacker.unpack_into(packed, slot.arrays[name][column])
+                self._unpacker.unpack_into(packed, slot.arrays[name][len(columns)])
         except WireError as error:
             self._refuse(error)
             return False
+        columns.append(rollout)
         return True

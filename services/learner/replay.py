@@ -43,6 +43,8 @@ class Replay:
         self._unroll_length = unroll_length
         self._expected = expected
         self._metrics = metrics
+        self._num_lost = 0
+        """By the log, as far as it has been counted."""
 
     def restore(self) -> None:
         """Take back what the log holds; what is not of this run any more is left out."""
@@ -78,7 +80,7 @@ class Replay:
         return [self._open(item) for item in self._memory.sample(count)]
 
     def close(self) -> None:
-        """Write what the log has in hand. To be called when the batcher's thread has ended."""
+        """Write what the log has in hand; the last thing that the thread does which owns it."""
         if self._replay_log is not None:
             self._replay_log.close()
 
@@ -91,3 +93,7 @@ class Replay:
     def _count(self) -> None:
         self._metrics.steps.set(len(self._memory) * self._unroll_length)
         self._metrics.size_bytes.set(self._memory.size_bytes)
+        if self._replay_log is not None:
+            num_lost = self._replay_log.num_lost
+            self._metrics.log_lost.inc(num_lost - self._num_lost)
+            self._num_lost = num_lost

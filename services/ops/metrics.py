@@ -182,6 +182,11 @@ class ReplayMetrics:
             "impala_learner_replay_capacity", "Agent steps there is room for", registry=registry
         )
         self.size_bytes = Gauge("impala_learner_replay_bytes", "Memory they take", registry=registry)
+        self.log_lost = Counter(
+            "impala_learner_replay_log_lost",
+            "Rollouts that the disk did not take, which a restart would miss",
+            registry=registry,
+        )
 
         for figure in (self.rejected_ratio, self.age_versions, self.capacity):
             figure.set(math.nan)

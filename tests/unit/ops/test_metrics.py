@@ -46,6 +46,7 @@ REPLAY = {
     "impala_learner_replay_steps",
     "impala_learner_replay_capacity",
     "impala_learner_replay_bytes",
+    "impala_learner_replay_log_lost_total",
 }
 
 
