@@ -9,12 +9,16 @@ import torch
 
 from services import config as configuration
 from services.config import RunConfig
+from services.learner.__main__ import account_for, adopt
 from services.learner.checkpoint import to_host
+from services.learner.episodes import Episodes
 from services.learner.group import Group
+from services.learner.publisher import WeightsCopier
 from services.learner.trainer import Trainer
 from services.rl.actions import Discrete
 from services.rl.envs import env_spec
 from services.rl.networks import make_network
+from services.wire.messages import Weights
 
 BEFORE = {"env": {"id": "catch"}, "network": {"hidden_size": 8}, "total_steps": 64_000}
 
@@ -26,7 +30,7 @@ def config(**optimiser: Any) -> RunConfig:
 def trainer(run: RunConfig) -> Trainer:
     spec = env_spec(run.env)
     return Trainer(
-        network=make_network(spec, run.network),
+        network=make_network(spec, run.network, popart=run.popart),
         actions=Discrete(spec.num_actions),
         config=run,
         frame_stack=spec.frame_stack,
@@ -102,3 +106,68 @@ def test_a_changed_momentum_is_no_other_optimiser() -> None:
     learning = trainer(config(rmsprop_momentum=0.5))
     learning.load_state_dict(trained(config(rmsprop_momentum=0.9)))
     step(learning)
+
+
+# --- after a crash: newer weights than the checkpoint's ---------------------------------------------------
+
+
+def published(learning: Trainer) -> Weights:
+    """What the parameter server has of it."""
+    copier = WeightsCopier(learning.network)
+    copier.start()
+    return Weights(
+        run_id="run",
+        server_incarnation=1,
+        state="training",
+        version=learning.version,
+        steps=learning.steps,
+        seats=(),
+        payload=copier.finish(),
+    )
+
+
+def test_newer_weights_bring_their_version_their_steps_and_the_statistics_of_their_baselines() -> None:
+    run = configuration.validate(BEFORE | {"popart": {"enabled": True, "step_size": 0.5}})
+    ahead, crashed = trainer(run), trainer(run)
+    step(ahead)
+    checkpoint = to_host(ahead.state_dict())
+    for targets in (100.0, 300.0):
+        step(ahead)
+        moments = torch.tensor([[2.0], [2 * targets], [2 * targets**2 + 8]], dtype=torch.float64)
+        ahead.network.baseline.update(moments, torch.tensor(True))
+    crashed.load_state_dict(checkpoint)
+    adopt(run, crashed, published(ahead))
+    assert (crashed.version, crashed.steps) == (3, 3 * 640)
+    assert crashed.learning_rate == ahead.learning_rate
+    now, wanted = crashed.network.state_dict(), ahead.network.state_dict()
+    assert all(now[name].equal(wanted[name]) for name in wanted)
+    assert crashed.network.baseline.mean_K.tolist() == [175.0]  # 0, 50, 175
+    averages = crashed.optimiser.state_dict()["state"][0]["square_avg"]
+    assert averages.equal(checkpoint["optimiser"]["state"][0]["square_avg"]), "these are the checkpoint's"
+
+
+def test_newer_weights_of_another_network_are_refused_by_the_name_of_the_run() -> None:
+    other = configuration.validate(BEFORE | {"network": {"hidden_size": 9}, "run_id": "mine"})
+    learning = trainer(config())
+    with pytest.raises(ValueError, match=r"run_id = 'mine': .* version 0, which does not fit"):
+        adopt(other, learning, published(trainer(other)))
+    assert (learning.version, learning.steps) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("known", "steps", "wanted"),
+    [
+        ([640], 1920, [1920]),
+        ([0, 0], 7, [4, 3]),
+        ([100, 200, 0], 305, [102, 202, 1]),
+        ([100, 200], 300, [100, 200]),
+        ([100, 200], 250, [100, 200]),
+    ],
+)
+def test_steps_that_no_report_knew_of_are_spread_over_the_tasks(
+    known: list[int], steps: int, wanted: list[int]
+) -> None:
+    episodes = Episodes(["x"] * len(known))
+    episodes.trained(known)
+    account_for(steps, episodes)
+    assert [task.steps for task in episodes.take()] == wanted
