@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from services.learner.batch import Batcher
 from services.learner.checkpoint import CheckpointStore
@@ -18,8 +20,10 @@ from services.learner.publisher import Publisher
 from services.learner.report import Reporter
 from services.learner.trainer import Figures, Trainer
 from services.ops.health import Heartbeat
+from services.ops.metrics import ReplayMetrics
 from tests.unit.learner.rollouts import Counts
 
+T = 5
 FIGURES = Figures(
     updates=0,
     loss_total=0.0,
@@ -101,6 +105,37 @@ class NoBatches:
             self.stopping.set()
 
 
+class OneBatch:
+    """One arrives, and then the pod is stopped."""
+
+    def __init__(self, stopping: threading.Event, **parts: Any) -> None:
+        self.stopping = stopping
+        self.released = False
+        self.batch: Any = SimpleNamespace(**parts, action=torch.zeros(8, T), release=self.release)
+
+    def release(self) -> None:
+        self.released = True
+
+    def next(self, timeout_s: float) -> Any:
+        batch, self.batch = self.batch, None
+        if batch is None:
+            self.stopping.set()
+        return batch
+
+
+class Training(FinishedTrainer):
+    """Only counts."""
+
+    complete = False
+
+    def to_device(self, batch: Any) -> Any:
+        return batch
+
+    def update(self, batch: Any) -> None:
+        self.version += 1
+        self.steps += batch.num_fresh * T
+
+
 class Scene:
     """A loop that has nothing more to train."""
 
@@ -114,7 +149,12 @@ class Scene:
         self.group = group or Group()
         self.loop = self.make(FinishedTrainer(), None)
 
-    def make(self, trainer: FinishedTrainer, batcher: NoBatches | None) -> LearnerLoop:
+    def make(
+        self,
+        trainer: FinishedTrainer,
+        batcher: NoBatches | OneBatch | None,
+        replay_metrics: ReplayMetrics | None = None,
+    ) -> LearnerLoop:
         return LearnerLoop(
             trainer=cast(Trainer, trainer),
             batcher=cast(Batcher, batcher),
@@ -128,7 +168,7 @@ class Scene:
             config={},
             frame_skip=1,
             metrics=self.counts.metrics,
-            replay_metrics=None,
+            replay_metrics=replay_metrics,
             heartbeat=Heartbeat(),
             stopping=self.stopping,
             clock=self.clock,
@@ -180,3 +220,42 @@ def test_only_the_leader_publishes_and_saves(tmp_path: Path) -> None:
     assert scene.loop.run()
     assert scene.server.offers == []
     assert scene.disk.attempts == 0
+
+
+# --- fresh and replayed ----------------------------------------------------------------------------
+
+
+def test_lag_samples_and_steps_are_of_fresh_rollouts_and_age_is_of_replayed_ones(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    batches = OneBatch(scene.stopping, num_fresh=2, policy_versions=(9, 7, 4, 0, 2, 10, 11, 0))
+    replay_metrics = ReplayMetrics(scene.counts.registry)
+    trainer = Training()
+    scene.loop = scene.make(trainer, batches, replay_metrics)
+    assert scene.loop.run()
+    assert batches.released
+    assert scene.counts("policy_lag_versions_count") == 2
+    assert scene.counts("policy_lag_versions_sum") == 1 + 3
+    assert scene.counts("samples_total") == 2 * T
+    assert scene.counts("steps") == trainer.steps == 6400 + 2 * T
+    assert scene.counts("replayed_samples_total") == 6 * T
+    # At version 10; what is from after the checkpoint that this learner went back to is of no age.
+    assert scene.counts("replay_age_versions") == (6 + 10 + 8 + 0 + 0 + 10) / 6
+
+
+def test_while_there_is_nothing_to_replay_there_is_no_age(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    batches = OneBatch(scene.stopping, num_fresh=8, policy_versions=(9,) * 8)
+    scene.loop = scene.make(Training(), batches, ReplayMetrics(scene.counts.registry))
+    assert scene.loop.run()
+    assert scene.counts("policy_lag_versions_count") == 8
+    assert scene.counts("replayed_samples_total") == 0
+    assert math.isnan(scene.counts("replay_age_versions"))
+
+
+def test_without_replay_there_are_no_such_series(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    batches = OneBatch(scene.stopping, num_fresh=8, policy_versions=(9,) * 8)
+    scene.loop = scene.make(Training(), batches)
+    assert scene.loop.run()
+    assert scene.counts("samples_total") == 8 * T
+    assert not [name for name in scene.counts.registry._names_to_collectors if "replay" in name]
