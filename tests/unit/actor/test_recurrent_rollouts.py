@@ -354,6 +354,13 @@ def test_an_unroll_begins_with_the_action_and_the_reward_that_ended_the_one_befo
     assert (rewards.abs() > 1).any(), "raw, not clipped"
 
 
+def test_what_was_said_last_in_an_unroll_is_what_is_said_first_in_the_next(unrolls: Unrolls) -> None:
+    for before, after in zip(unrolls[True], unrolls[True][1:], strict=False):
+        assert before.instruction is not None and after.instruction is not None
+        assert before.instruction[:, 0].any(1).all(), "something is always said"
+        assert after.instruction[:, 0].equal(before.instruction[:, -1])
+
+
 @talking_or_not
 def test_nothing_that_was_sent_is_written_again(talks: bool) -> None:
     """The socket still reads this memory while the policy plays on."""

@@ -177,6 +177,20 @@ def test_batches_are_fresh_until_enough_is_held_and_then_hold_the_configured_sha
     assert set(numbers(third)[2:]) <= set(range(10))
 
 
+@pytest.mark.parametrize(("num_held", "num_fresh"), [(1, 8), (5, 8), (6, 2), (7, 2)])
+def test_nothing_is_replayed_while_fewer_are_held_than_a_batch_replays(num_held: int, num_fresh: int) -> None:
+    """As after a restart that found little on the disk."""
+    scene = Scene()
+    for number in range(num_held):
+        scene.replay.remember(rollout(number))
+    scene.put(*(rollout(number) for number in range(10, 18)))
+    scene.thread.start()
+    batch = scene.next()
+    assert batch.num_fresh == num_fresh
+    assert numbers(batch)[:num_fresh] == list(range(10, 10 + num_fresh))
+    scene.stop()
+
+
 @pytest.mark.parametrize(("batch_size", "ratio", "fresh"), [(8, 1, 4), (8, 7, 1), (32, 7, 4), (6, 2, 2)])
 def test_of_each_batch_one_part_is_fresh_and_as_many_as_the_ratio_says_are_replayed(
     batch_size: int, ratio: int, fresh: int

@@ -123,17 +123,21 @@ def row(tensors: dict[str, Tensor], task: int) -> list[Tensor]:
     return [tensors[f"baseline.{name}"][task] for name in names]
 
 
-def values(trainer: Trainer, task: int, seed: int = 5) -> Tensor:
-    """On the scale of the rewards."""
-    batch = make_batch((task,) * B, seed=seed)
+def baselines(trainer: Trainer, batch: Batch) -> Tensor:
+    """[T + 1, B, K], normalised."""
     outputs: list[PolicyOutput] = []
     hook = trainer.network.register_forward_hook(lambda _m, _i, output: outputs.append(output))
     with torch.no_grad():
         trainer._loss(batch)
     hook.remove()
+    return outputs[0].baselines_TBK
+
+
+def values(trainer: Trainer, task: int, seed: int = 5) -> Tensor:
+    """On the scale of the rewards."""
     baseline = trainer.network.baseline
-    scale = baseline.scale_of(torch.tensor([task]))
-    return (scale.sigma_B * outputs[0].baselines_TBK[..., task] + scale.mean_B).detach()
+    normalised = baselines(trainer, make_batch((task,) * B, seed=seed))[..., task]
+    return baseline.sigmas[task].float() * normalised + baseline.mean_K[task].float()
 
 
 # ------------------------------------------------------------------------------------------ several tasks
@@ -201,6 +205,22 @@ def test_an_update_moves_the_statistics_of_each_task_towards_its_own_targets(tas
         assert figures.popart_mean[task] == pytest.approx(mean, rel=1e-5)
         assert figures.popart_sigma[task] == pytest.approx(math.sqrt(second_moment - mean**2), rel=1e-5)
         assert not row(after, task)[0].equal(row(before, task)[0])
+
+
+def test_each_column_is_normalised_by_the_scale_of_its_own_task() -> None:
+    trainer, tasks = make_trainer(config(**POPART)), (0, 1, 1, 0)
+    for seed in range(5):  # only one of the tasks leaves where it began
+        trainer.update(make_batch((1,) * B, seed=seed))
+    batch = make_batch(tasks)
+    baseline = trainer.network.baseline
+    mean, sigma = baseline.mean_K.tolist(), baseline.sigmas.tolist()
+    normalised = baselines(trainer, batch).numpy()
+    wanted = 0.0
+    for column, at in zip(*np.nonzero(acted()), strict=True):
+        task = tasks[column]
+        target = (batch.reward[column, at].item() - mean[task]) / sigma[task]
+        wanted += 0.5 * 0.5 * (target - normalised[at, column, task]) ** 2
+    assert trainer._loss(batch).baseline.item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_without_popart_the_statistics_stay_where_they_are() -> None:
