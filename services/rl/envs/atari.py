@@ -21,6 +21,7 @@ import re
 
 import ale_py
 import numpy as np
+import numpy.typing as npt
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
@@ -65,7 +66,7 @@ def spec(config: EnvConfig) -> EnvSpec:
         observation_shape=frame_shape(config),
         observation_dtype="uint8",
         frame_stack=config.frame_stack,
-        num_actions=18 if config.full_action_set else _num_minimal_actions(_rom(config)),
+        num_actions=len(_actions(config)),
         frame_skip=config.frame_skip,
     )
 
@@ -81,6 +82,7 @@ class Atari(VectorEnv):
         self.spec = spec(config)
         self.num_envs = num_envs
         self._life_loss_terminates = config.life_loss_ends_episode
+        self._actions = _actions(config)
         self._emulators = AtariVectorEnv(
             _rom(config),
             num_envs,
@@ -109,7 +111,7 @@ class Atari(VectorEnv):
         return self._frames(observation)
 
     def send(self, actions: Actions) -> None:
-        self._emulators.send(actions)
+        self._emulators.send(self._actions[actions])
 
     def recv(self) -> Transition:
         observation, reward, game_over, out_of_time, info = self._emulators.recv()
@@ -162,10 +164,21 @@ def _plain(game: str) -> str:
     return game.replace("_", "").lower()
 
 
-def _num_minimal_actions(rom: str) -> int:
+def _actions(config: EnvConfig) -> npt.NDArray[np.int64]:
+    """For each of our actions, its place in the emulator's own list of the game's actions.
+
+    All 18 are those of the joystick. Two games know no fire button and have only nine; an action that presses
+    it does without there, because the same number has to mean the same in every game. (ALE's threads die of
+    an action that is not in their list, and then ``recv`` waits for ever.)
+    """
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # it greets on stderr otherwise
     emulator = ale_py.ALEInterface()
-    path = roms.get_rom_path(rom)
-    assert path is not None, rom
+    path = roms.get_rom_path(_rom(config))
+    assert path is not None, config.id
     emulator.loadROM(path)
-    return len(emulator.getMinimalActionSet())
+    if not config.full_action_set:
+        return np.arange(len(emulator.getMinimalActionSet()))
+    places = {action.name: place for place, action in enumerate(emulator.getLegalActionSet())}
+    return np.array(
+        [places.get(name, places[name.removesuffix("FIRE") or "NOOP"]) for name in ale_py.Action.__members__]
+    )

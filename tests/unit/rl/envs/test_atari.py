@@ -121,6 +121,57 @@ def test_settings_come_from_the_configuration_and_not_from_the_suffix_of_the_id(
     assert env_spec(EnvConfig(id="Pong-v4", full_action_set=True)).num_actions == 18
 
 
+@pytest.mark.parametrize("game", ["skiing", "lost_luggage"])
+def test_a_game_without_a_fire_button_understands_all_18_actions(game: str) -> None:
+    """What presses the button there does what it would do without."""
+    pairs = {
+        1: 0,
+        10: 2,
+        11: 3,
+        12: 4,
+        13: 5,
+        14: 6,
+        15: 7,
+        16: 8,
+        17: 9,
+    }  # FIRE and NOOP, UPFIRE and UP, ...
+    config = EnvConfig(id=game, full_action_set=True, noop_max=0)
+    assert env_spec(config).num_actions == 18
+    env = make_vector_env(config, 2)
+    env.reset(1)
+    twin = make_vector_env(config, 2)
+    twin.reset(1)
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        actions = rng.integers(18, size=2)
+        env.send(actions)
+        twin.send(np.array([pairs.get(action, action) for action in actions.tolist()]))
+        np.testing.assert_array_equal(env.recv().observation, twin.recv().observation)
+    env.close()
+    twin.close()
+
+
+def last_frame(config: EnvConfig, action: int) -> npt.NDArray[np.uint8]:
+    """Of one environment, after 40 times the same action."""
+    env = make_vector_env(config, 1)
+    frame = env.reset(1)[0]
+    for _ in range(40):
+        env.send(np.array([action]))
+        frame = env.recv().observation[0]
+    env.close()
+    return frame
+
+
+def test_the_same_number_moves_to_the_same_side_in_every_game() -> None:
+    """RIGHT is 3 and LEFT is 4, also where the emulator's own list is shorter."""
+    full = EnvConfig(id="skiing", full_action_set=True, noop_max=0)
+    minimal = EnvConfig(id="skiing", noop_max=0)  # NOOP, RIGHT, LEFT
+    right, left = last_frame(full, 3), last_frame(full, 4)
+    np.testing.assert_array_equal(right, last_frame(minimal, 1))
+    np.testing.assert_array_equal(left, last_frame(minimal, 2))
+    assert not np.array_equal(right, left)
+
+
 def test_arguments_are_refused_because_atari_is_configured_by_name() -> None:
     with pytest.raises(ValueError, match=r"env.kwargs.frameskip: unknown; .* env.frame_skip"):
         env_spec(EnvConfig(id="ALE/Pong-v5", kwargs={"frameskip": 4}))
