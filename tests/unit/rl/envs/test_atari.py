@@ -154,7 +154,7 @@ def test_a_game_without_a_fire_button_understands_all_18_actions(game: str) -> N
 def last_frame(config: EnvConfig, action: int) -> npt.NDArray[np.uint8]:
     """Of one environment, after 40 times the same action."""
     env = make_vector_env(config, 1)
-    frame = env.reset(1)[0]
+    frame: npt.NDArray[np.uint8] = env.reset(1)[0]
     for _ in range(40):
         env.send(np.array([action]))
         frame = env.recv().observation[0]
