@@ -74,6 +74,7 @@ class Policy:
         # All but the torso stays float32: the logits that are sent are the very ones that were sampled from.
         network.torso.to(dtype)
         self._network = network.eval().requires_grad_(False)
+        self._dtype = dtype
         self._actions = actions
         self._frame_stack = frame_stack
         self._generator = torch.Generator().manual_seed(seed)
@@ -120,7 +121,9 @@ class Policy:
                 state_2BH=None if memory is None else torch.from_numpy(memory.state_2NH),
                 instruction_TBW=None if instruction_NW is None else torch.from_numpy(instruction_NW)[None],
             )
-            output = self._network(inputs)
+            # Ours convert what they are given; a torso of the user's own need not.
+            with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+                output = self._network(inputs)
             logits = output.logits_TBA[0]
             if self._greedy:
                 actions = self._actions.most_likely(logits)

@@ -21,7 +21,7 @@ class OneLayer(Torso):
         self.layer = nn.Linear(num_inputs, num_features)
 
     def forward(self, observations: Tensor) -> Tensor:
-        return torch.tanh(self.layer(observations.flatten(1).to(self.layer.weight.dtype)))
+        return torch.tanh(self.layer(observations.flatten(1)))
 
 
 def one_layer(spec: EnvSpec, config: NetworkConfig) -> OneLayer:
