@@ -210,8 +210,9 @@ class LearnerConfig(Section):
 
     device: str = "auto"
     """`auto` (CUDA if there is any, else CPU), `cpu`, `cuda` or `cuda:N`."""
-    num_threads: PositiveInt = 1
-    """Threads for the training step on a CPU."""
+    num_threads: PositiveInt | None = None
+    """Threads for the training step on a CPU. null is 1, and for `deep`, which is the slowest part of any run,
+    as many as there are cores, up to 4."""
     precision: Precision = "auto"
     """Of the network's forward and backward pass; losses and the optimiser are always float32."""
     queue_capacity: PositiveInt | None = None

@@ -17,7 +17,7 @@ from services.ops import logging, pod
 from services.ops.health import HealthServer, Heartbeat
 from services.ops.lifecycle import Lifecycle
 from services.ops.metrics import LearnerMetrics, ReplayMetrics
-from services.ops.threads import limit_threads
+from services.ops.threads import learner_threads, limit_threads
 
 if TYPE_CHECKING:  # torch only after the threads are limited
     import torch
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     """Build, run, stop."""
-    limit_threads(config.learner.num_threads)  # before anything imports torch
+    num_threads = learner_threads(config)
+    limit_threads(num_threads)  # before anything imports torch
 
     import torch
 
@@ -64,7 +65,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     from services.wire.sockets import Requester, RolloutReceiver
 
     log = logging.get_logger("main")
-    torch.set_num_threads(config.learner.num_threads)
+    torch.set_num_threads(num_threads)
     torch.manual_seed(config.seed)
     device = resolve_device(config.learner.device)
     tasks = tasks_of(config)

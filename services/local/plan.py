@@ -19,6 +19,7 @@ from services import config as configuration
 from services.config import RunConfig
 from services.local.run_dir import write_json
 from services.ops.threads import VARIABLES as THREAD_VARIABLES
+from services.ops.threads import learner_threads
 
 Command = Callable[[str, Sequence[str]], list[str]]
 """(role, flags) -> the command line of a pod."""
@@ -65,7 +66,7 @@ def plan_pods(
     }
     threads = {
         "paramserver": 1,
-        "learner": config.learner.num_threads,
+        "learner": learner_threads(config),
         "actor": config.actor.inference_threads,
     }
     # config.json already holds what these say, and a pod would let them override it.

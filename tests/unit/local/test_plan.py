@@ -63,6 +63,17 @@ def test_threads_are_set_for_each_role_and_configuration_variables_are_not_inher
     assert "IMPALA__SEED" not in pods["learner"].environment
 
 
+@pytest.mark.parametrize(
+    ("network", "threads"), [("nature", "1"), ("deep", str(min(4, os.cpu_count() or 1)))]
+)
+def test_a_learner_of_the_deep_network_takes_more_cores_unless_it_is_told_how_many(
+    network: str, threads: str
+) -> None:
+    for flags, expected in (([], threads), (["--learner.num_threads", "3"], "3")):
+        pods = plan(configuration.load(flags=["--network", network, *flags]), {})
+        assert pods["learner"].environment["OMP_NUM_THREADS"] == expected
+
+
 def test_prometheus_finds_every_pod(config: RunConfig, tmp_path: Path) -> None:
     write_targets(tmp_path / "targets.json", plan(config, {}).values())
     assert json.loads((tmp_path / "targets.json").read_text()) == [
