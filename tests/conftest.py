@@ -1,9 +1,10 @@
 """What every test may rely on: one thread per process, and tools that are there or honestly missing.
 
-A tool that is missing skips the test on a laptop and fails it in CI, so that CI never turns green by
-skipping. A GPU is no tool: without one, tests marked `cuda` are skipped everywhere.
+A tool or an optional package that is missing skips the test on a laptop and fails it in CI, so that CI never
+turns green by skipping. A GPU is no tool: without one, tests marked `cuda` are skipped everywhere.
 """
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -30,13 +31,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in {"1", "true"}
+
+
+def needs_package(name: str) -> pytest.MarkDecorator:
+    """Skips a test where the package is missing. Not in CI: there the test runs into its absence."""
+    missing = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(missing and not in_ci(), reason=f"{name} is not installed")
+
+
 def find_tool(name: str) -> Path:
     """The path of the program `name`; without it, skips the running test, or fails it in CI."""
     path = shutil.which(name)
     if path is not None:
         return Path(path)
     reason = f"the program {name!r} is not installed"
-    if os.environ.get("CI", "").lower() in {"1", "true"}:
+    if in_ci():
         pytest.fail(f"{reason}, and CI must not skip; .ci/run is where it gets installed", pytrace=False)
     pytest.skip(reason)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from services.rl.envs import (
     make_vector_env,
     union_spec,
 )
+from tests.conftest import needs_package
 
 pytestmark = pytest.mark.usefixtures("fake_lab", "scratch_dir")
 
@@ -34,9 +34,7 @@ EXTRAS = {"vizdoom": "vizdoom"}
 
 
 def marks(suite: str) -> list[pytest.MarkDecorator]:
-    package = EXTRAS.get(suite)
-    missing = package is not None and importlib.util.find_spec(package) is None
-    return [pytest.mark.skipif(missing, reason=f"{package} is not installed")]
+    return [needs_package(EXTRAS[suite])] if suite in EXTRAS else []
 
 
 EXAMPLES = [

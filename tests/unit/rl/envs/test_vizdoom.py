@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +16,10 @@ import pytest
 from services.config import EnvConfig
 from services.rl.envs import Transition, VectorEnv, env_spec, make_vector_env, vizdoom
 from services.rl.envs.base import env_seeds
+from tests.conftest import needs_package
 
 pytestmark = pytest.mark.usefixtures("scratch_dir")
-needs_vizdoom = pytest.mark.skipif(
-    importlib.util.find_spec("vizdoom") is None, reason="vizdoom is not installed"
-)
+needs_vizdoom = needs_package("vizdoom")
 
 STAY = 0
 TIMEOUT_FRAMES = 300  # of Basic
