@@ -258,6 +258,8 @@ class EvaluatorConfig(Section):
     """Of each task."""
     num_envs: PositiveInt = 10
     """Environments that play at the same time."""
+    max_episode_steps: PositiveInt = 108_000
+    """Agent steps after which an episode is cut off and counted as capped: not every game ends."""
     actions: Literal["sampled", "greedy"] = "sampled"
     """Drawn from the policy, as in training, or always its most likely one."""
     interval_s: NonNegativeFloat = 60.0
