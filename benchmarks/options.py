@@ -32,7 +32,8 @@ class Options:
 
     def flags(self, variant: str) -> list[str]:
         """Of ``impala train``."""
-        return ["--env", self.env, *VARIANTS[variant]]
+        flags = VARIANTS[variant]
+        return [*flags] if "--tasks" in flags else ["--env", self.env, *flags]
 
 
 def median_seconds(run: Callable[[], object], at_least_s: float = 2.0, warm_up: int = 2) -> float:

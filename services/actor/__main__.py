@@ -83,12 +83,13 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
         heartbeat.beat()  # alive, though not ready: a missing peer is waited for
         snapshot = weights.wait(POLL_S)
     if snapshot is not None:
+        seat = weights.seat  # read once: it is another thread's to change
         policy = Policy(
             network=network,
             actions=actions,
             frame_stack=spec.frame_stack,
             dtype=precision.resolve(config.actor.precision, torch.device("cpu")),
-            seed=hash((config.seed, weights.seat, client.incarnation)) % 2**63,
+            seed=hash((config.seed, seat, client.incarnation)) % 2**63,
         )
         policy.load(snapshot.version, snapshot.weights)
         metrics.weights_version.set(snapshot.version)
@@ -106,13 +107,13 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
                 reads_instructions=policy.reads_instructions,
             )
 
-        dealt = deal(weights.seat, config.actor.num_envs, len(tasks))
-        seeds = env_seeds(config, weights.seat)
+        dealt = deal(seat, config.actor.num_envs, len(tasks))
+        seeds = env_seeds(config, seat)
         builders = [partial(build, *each) for each in zip(dealt, seeds, strict=True)]
         halves = build_beside(lifecycle, heartbeat, builders)
         log.info(
             "playing",
-            seat=weights.seat,
+            seat=seat,
             num_envs=config.actor.num_envs,
             tasks=len({*dealt[0].tasks, *dealt[1].tasks}),
             policy_version=policy.version,
@@ -130,10 +131,13 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             client=client,
             metrics=metrics,
             heartbeat=heartbeat,
+            may_go_on=lambda: deals_alike(config, len(tasks), seat, weights.seat),
             stopping=lifecycle.stopping,
         )
         try:
             loop.run()
+            if not lifecycle.stopping.is_set():  # the next life takes the new seat's tasks
+                lifecycle.stop(f"seat {weights.seat} instead of {seat}, with other tasks", 1)
         except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
             lifecycle.fail(error)
         for half in halves:
@@ -143,6 +147,15 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     health.close()
     log.info("stopped", exit_code=lifecycle.exit_code)
     return lifecycle.exit_code
+
+
+def deals_alike(config: RunConfig, num_tasks: int, old: int, new: int) -> bool:
+    """Whether an actor that has lost its seat, or got another, goes on as it is: it plays the right tasks."""
+    from services.rl.tasks import deal
+    from services.wire.messages import NO_SEAT
+
+    num_envs = config.actor.num_envs
+    return new in (old, NO_SEAT) or deal(new, num_envs, num_tasks) == deal(old, num_envs, num_tasks)
 
 
 def env_seeds(config: RunConfig, seat: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -176,7 +176,7 @@ class Half:
 
 
 class ActorLoop:
-    """Runs until the pod stops."""
+    """Runs until the pod stops, or may not go on."""
 
     def __init__(
         self,
@@ -190,6 +190,7 @@ class ActorLoop:
         client: Client,
         metrics: ActorMetrics,
         heartbeat: Heartbeat,
+        may_go_on: Callable[[], bool],
         stopping: threading.Event,
     ) -> None:
         self._halves = halves
@@ -201,6 +202,7 @@ class ActorLoop:
         self._client = client
         self._metrics = metrics
         self._heartbeat = heartbeat
+        self._may_go_on = may_go_on
         self._stopping = stopping
         self._sequence = 0
         self._seconds = {
@@ -231,6 +233,8 @@ class ActorLoop:
                     half.begin_unroll()
                     if half is first:
                         self._refresh_weights()
+                        if not self._may_go_on():
+                            return
                 acting_s = time.perf_counter()
                 half.act(self._policy)
                 self._seconds["inference"].inc(time.perf_counter() - acting_s)

@@ -58,10 +58,23 @@ def load(
         raise ConfigError(f"preset = {preset!r}: the file {file} was made with {layers[0]['preset']!r}")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset = {preset!r}: {suggest(str(preset), PRESETS)}")
+    _refuse_env_beside_tasks(layers, dict(PRESETS[preset]))
     merged: dict[str, Any] = {}
     for layer in [dict(PRESETS[preset]), *layers]:
         merged = _merge(merged, layer)
     return validate(merged)
+
+
+def _refuse_env_beside_tasks(layers: Sequence[Mapping[str, Any]], preset: Mapping[str, Any]) -> None:
+    """Whoever names an environment on the command line is not to get the tasks of a preset or a file."""
+    tasks: Any = next((layer["tasks"] for layer in [*reversed(layers), preset] if "tasks" in layer), ())
+    for layer in layers[1:]:
+        env = layer.get("env", {}).get("id")
+        if env is not None and tasks:
+            raise ConfigError(
+                f"env.id = {env!r}: has no effect beside tasks = {tasks!r}; allowed is one of them "
+                "(--tasks '[]' for none)"
+            )
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
@@ -169,7 +182,8 @@ def _from_flags(flags: Sequence[str]) -> dict[str, Any]:
         if not flag.startswith("--") or not name:
             raise ConfigError(f"{flag!r} is not a flag; allowed is --key value (see `impala config --help`)")
         key = ALIASES.get(name.replace("_", "-"), name.replace("-", "_"))
-        negated = key.removeprefix("no_")
+        positive = re.sub(r"^no[-_]", "", name)
+        negated = ALIASES.get(positive.replace("_", "-"), positive.replace("-", "_"))
         if key not in leaves and leaves.get(negated, (None,))[0] is bool and not has_value:
             key, value = negated, "false"
         elif leaves.get(key, (None,))[0] is bool and not has_value:
@@ -195,7 +209,7 @@ def _set(values: dict[str, Any], key: str, text: str, shown: str) -> None:
         except yaml.YAMLError:
             value = text
         if isinstance(value, str) and not text.startswith(("[", "{")):
-            value = text.split(",")
+            value = [part.strip() for part in text.split(",")]
     elif text.lower() in ("null", "none") and type(None) in get_args(annotation):
         value = None
     elif re.fullmatch(r"\d+(\.\d+)?[eE]\d+", text) and float(text).is_integer() and _is_integer(annotation):

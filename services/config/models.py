@@ -119,8 +119,9 @@ class LossConfig(Section):
     """Weight of the value loss."""
     entropy_cost: NonNegativeFloat = 0.01
     """Weight of the entropy bonus."""
-    reward_clipping: Literal["abs_one", "soft_asymmetric", "none"] = "abs_one"
-    """Applied at the learner only; reported returns are never clipped."""
+    reward_clipping: Literal["auto", "abs_one", "soft_asymmetric", "none"] = "auto"
+    """Applied at the learner only; reported returns are never clipped. `auto` is abs_one, and with PopArt,
+    which is there to do without, none."""
     rho_bar: PositiveFloat = 1.0
     """V-trace: truncation of the importance weights in the value target."""
     c_bar: PositiveFloat = 1.0
@@ -157,7 +158,7 @@ class ReplayConfig(Section):
     """b: a step counts only if KL(pi || pi~_mu) is below this; null lets all of them count."""
     recurrent_state: Literal["stored", "recomputed"] = "stored"
     """LSTM: replayed rollouts begin with the state that the actor had, or with what today's network makes of
-    it over their first `burn_in` steps, which then are not trained on."""
+    it over their first `burn_in` steps, which then are in no loss."""
     burn_in: PositiveInt = 5
     """For `recurrent_state: recomputed`."""
     checkpoint: bool = False
@@ -196,7 +197,7 @@ class ActorConfig(Section):
     num_envs: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 32
     """Environments, in two halves: the policy acts on one half while the other one steps."""
     env_threads: PositiveInt = 2
-    """Atari: emulator threads of each half."""
+    """Atari: emulator threads of each half; with several tasks at least one for each that it plays."""
     inference_threads: PositiveInt = 1
     """Threads for the policy network."""
     precision: Precision = "auto"
@@ -211,8 +212,8 @@ class LearnerConfig(Section):
     device: str = "auto"
     """`auto` (CUDA if there is any, else CPU), `cpu`, `cuda` or `cuda:N`."""
     num_threads: PositiveInt | None = None
-    """Threads for the training step on a CPU. null is 1, and for `deep`, which is the slowest part of any run,
-    as many as there are cores, up to 4."""
+    """Threads for the training step on a CPU. null is 1, and for `deep`, the slowest part of any run, as many
+    as there are cores, up to 4."""
     precision: Precision = "auto"
     """Of the network's forward and backward pass; losses and the optimiser are always float32."""
     queue_capacity: PositiveInt | None = None
@@ -337,6 +338,13 @@ class RunConfig(Section):
     evaluator: EvaluatorConfig = EvaluatorConfig()
     wire: WireConfig = WireConfig()
     ops: OpsConfig = OpsConfig()
+
+    @property
+    def reward_clipping(self) -> str:
+        """`loss.reward_clipping`, without `auto`."""
+        if self.loss.reward_clipping == "auto":
+            return "none" if self.popart.enabled else "abs_one"
+        return self.loss.reward_clipping
 
     @property
     def title(self) -> str:

@@ -3,7 +3,8 @@
 Whole games, although training may end an episode at a lost life; in DMLab, the levels and the mazes that are
 kept for testing. ``loop`` (the pod) and ``local.evaluate`` (the command) come before this, ``play`` after
 it. The seeds of environments and of actions follow from the run's seed, the version of the weights and the
-task: who plays a version again, or elsewhere, or fewer tasks, plays the same games.
+task: who plays a version again, or elsewhere, or fewer tasks, plays the same games, provided that as many
+environments play and that the precision is the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.config import RunConfig
+from services.config import ConfigError, RunConfig
 from services.evaluator.play import play
 from services.evaluator.results import TaskResult
 from services.rl import precision
@@ -54,7 +55,10 @@ class Games:
         on_step: Callable[[], None] = lambda: None,
         on_episode: Callable[[Episode], None] = lambda _: None,
     ) -> TaskResult | None:
-        """``evaluator.episodes`` of task ``number`` with these weights, which fit; None if stopped."""
+        """``evaluator.episodes`` of task ``number`` with these weights, which fit; None if stopped.
+
+        ConfigError if its environments cannot be opened; whatever goes wrong later is no fault of the user's.
+        """
         config, task = self._config, self.tasks[number]
         env_seed, action_seed = seeds(config.seed, version, number)
         policy = Policy(
@@ -72,22 +76,34 @@ class Games:
             env = make_mixed_env(
                 [task.env], [num_envs], config.actor.env_threads, num_actions=self.spec.num_actions
             )
-            return Player(env, policy, env_seed)
+            try:
+                return Player(env, policy, env_seed)
+            except BaseException:
+                env.close()
+                raise
 
-        player = self._build(sit_down)
+        try:
+            player = self._build(sit_down)
+        except ValueError as error:
+            raise ConfigError(" ".join(str(error).split())) from error
         if player is None:
             return None
         try:
-            episodes = play(
+            played = play(
                 player,
                 config.evaluator.episodes,
+                config.evaluator.max_episode_steps,
                 stopping=stopping,
                 on_step=on_step,
                 on_episode=on_episode,
             )
         finally:
             player.env.close()
-        return TaskResult(name=task.name, env_id=task.env.id, episodes=episodes) if episodes else None
+        if played is None:
+            return None
+        return TaskResult(
+            name=task.name, env_id=task.env.id, episodes=played.episodes, num_capped=played.num_capped
+        )
 
 
 def seeds(seed: int, version: int, task: int) -> tuple[int, int]:

@@ -22,6 +22,8 @@ class TaskResult:
     env_id: str
     """What was played: a level that is kept for testing, perhaps, and not the one that was trained on."""
     episodes: tuple[Episode, ...]
+    num_capped: int = 0
+    """So many of them did not end, but were cut off after ``evaluator.max_episode_steps``."""
 
     @property
     def returns(self) -> list[float]:
@@ -90,6 +92,7 @@ def _plain(task: TaskResult) -> dict[str, object]:
     return {
         "env": task.env_id,
         "episodes": len(task.episodes),
+        "capped": task.num_capped,
         "mean": _finite(task.mean),
         "median": _finite(task.median),
         "std": _finite(task.std),

@@ -270,6 +270,8 @@ def restore(config: RunConfig, trainer: Trainer, episodes: Episodes, checkpoint:
                 raise ValueError(f"{section}.{knob} was {was!r} and is {now!r}")  # noqa: TRY301
         if checkpoint.config["tasks"] != ours["tasks"]:
             raise ValueError("tasks are not the same, or not in the same order")  # noqa: TRY301
+        if checkpoint.config["popart"]["enabled"] != config.popart.enabled:
+            raise ValueError(f"popart.enabled was not {config.popart.enabled}")  # noqa: TRY301
         trainer.load_state_dict(checkpoint.trainer)
         episodes.load_state_dict(checkpoint.episodes)
     except (KeyError, TypeError, RuntimeError, ValueError) as error:

@@ -96,7 +96,7 @@ class Batch:
     """Per rollout, the version that acted."""
     num_fresh: int
     """How many have not been trained on before."""
-    cuts: tuple[int, ...] = ()
+    cuts: tuple[int, ...]
     """Times at which an episode begins in some column; only worked out for recurrent networks."""
     release: Callable[[], None]
 

@@ -27,7 +27,7 @@ from services.ops.logging import get_logger
 from services.ops.metrics import LearnerMetrics
 
 FORMAT = "impala-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _log = get_logger("checkpoint")
 

@@ -29,6 +29,11 @@ class Group:
         """In place, over all members."""
         assert self.world_size == 1, f"{self.world_size} members, {tuple(totals.shape)} totals"
 
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """Over all members; on the host, so that no device is waited for."""
+        assert self.world_size == 1, f"{self.world_size} members, {len(counts)} counts"
+        return list(counts)
+
     def average(self, gradients: Sequence[Tensor]) -> None:
         """In place, over all members, so that a change of the world's size does not change the scale."""
         assert self.world_size == 1, f"{self.world_size} members, {len(gradients)} gradients"

@@ -89,6 +89,7 @@ class Trainer:
         self._has_momentum = config.optimiser.name == "adam" or config.optimiser.rmsprop_momentum > 0
         self._actions = actions
         self._config = config
+        self._loss_config = config.loss.model_copy(update={"reward_clipping": config.reward_clipping})
         self._frame_stack = frame_stack
         self._device = device
         self._dtype = dtype
@@ -182,9 +183,13 @@ class Trainer:
             self._group.sum(targets)
             self.network.baseline.update(targets, finite)
         self.version += 1
-        self.steps += self._config.unroll_length * batch.num_fresh * self._group.world_size
+        # Learners may have different numbers of fresh rollouts, and have to agree on the step.
+        fresh = [0] * self._num_tasks
         for task in batch.tasks[: batch.num_fresh]:
-            self._task_steps[task] += self._config.unroll_length
+            fresh[task] += self._config.unroll_length
+        fresh = self._group.sum_counts(fresh)
+        self.steps += sum(fresh)
+        self._task_steps = [sum(pair) for pair in zip(self._task_steps, fresh, strict=True)]
         self._remember(
             [
                 loss.total,
@@ -234,7 +239,7 @@ class Trainer:
                 fresh_B=None if replayed_from is None else column_B < replayed_from,
             ),
             actions=self._actions,
-            config=config.loss,
+            config=self._loss_config,
             trust_region=config.replay.trust_region if config.replay.ratio else None,
         )
 

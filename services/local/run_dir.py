@@ -37,6 +37,8 @@ FROZEN = (
     "tasks",
     "network",
     "popart.enabled",
+    "popart.min_sigma",
+    "popart.max_sigma",
     "optimiser.name",
 )
 """Keys, and whole sections, that a run keeps: with others its checkpoints would be of no use."""
@@ -63,6 +65,11 @@ def resumed_config(run_dir: Path, environment: Mapping[str, str], flags: Sequenc
         for key in was
         if now[key] != was[key] and any(key == frozen or key.startswith(f"{frozen}.") for frozen in FROZEN)
     ]
+    momentum = "optimiser.rmsprop_momentum"
+    if bool(now[momentum]) != bool(was[momentum]):  # its averages are there, or are not
+        contradictions.append(
+            f"{momentum} = {now[momentum]!r}: the run in {run_dir} began with {was[momentum]!r}"
+        )
     if contradictions:
         raise ConfigError("\n".join(contradictions))
     return config.model_copy(update={"run_dir": run_dir})

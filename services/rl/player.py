@@ -22,14 +22,23 @@ class Player:
         spec, N = env.spec, env.num_envs
         self.env = env
         self._policy = policy
-        self._memory = policy.new_memory(N)
+        self._seed = seed
         self._frames_NF: NDArray[Any] = np.zeros(
             (N, spec.frame_stack, *spec.observation_shape), spec.observation_dtype
         )
         self._episode_start_NF = np.zeros((N, spec.frame_stack), np.bool_)
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave all episodes as they are, and begin others."""
+        N = self.env.num_envs
+        self._memory = self._policy.new_memory(N)
+        self._frames_NF[:] = 0
+        self._episode_start_NF[:] = False
         self._episode_over = np.zeros(N, np.bool_)
-        self._frames_NF[:, -1] = env.reset(seed)
+        self._frames_NF[:, -1] = self.env.reset(self._seed)
         self._episode_start_NF[:, -1] = True
+        self._seed += 1  # environments hash it: the next one has nothing in common with it
 
     def step(self) -> Transition:
         """Act in all environments; what followed. After an episode's end that is a reset, acted by nobody."""

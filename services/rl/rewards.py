@@ -25,6 +25,7 @@ def unclipped(rewards: Tensor) -> Tensor:
 
 
 REWARD_CLIPPING: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "auto": abs_one,
     "abs_one": abs_one,
     "soft_asymmetric": soft_asymmetric,
     "none": unclipped,

@@ -86,4 +86,8 @@ def _expand(entry: TaskConfig) -> list[TaskConfig]:
     suite = SUITES.get(entry.id)
     if suite is None:
         return [entry]
+    if entry.name is not None:
+        raise ValueError(
+            f"tasks: name = {entry.name!r} for the {len(suite.tasks)} tasks of {entry.id}; allowed is none"
+        )
     return [TaskConfig(id=task, kwargs=entry.kwargs) for task in suite.tasks]

@@ -85,6 +85,39 @@ def test_tasks_are_named_or_described(tmp_path: Path) -> None:
     assert validate(dump(load(file))) == load(file)
 
 
+@pytest.mark.parametrize("flags", [["--preset", "dmlab30"], ["--tasks", "pong,breakout"]])
+def test_an_environment_beside_tasks_is_refused_and_instead_of_them_is_not(flags: list[str]) -> None:
+    assert complaint(*flags, "--env", "catch").startswith("env.id = 'catch': has no effect beside tasks = ")
+    assert "has no effect" in complaint(*flags, environment={"IMPALA__ENV__ID": "catch"})
+    alone = load(flags=[*flags, "--env", "catch", "--tasks", "[]"])
+    assert (alone.env.id, alone.tasks) == ("catch", ())
+
+
+def test_a_resumed_run_keeps_its_tasks_and_whatever_stands_beside_them(tmp_path: Path) -> None:
+    config = load(flags=["--tasks", "pong, breakout"])
+    assert [task.id for task in config.tasks] == ["pong", "breakout"]
+    file = write(tmp_path / "config.json", json.dumps(dump(config)))
+    assert load(file) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "clipping"),
+    [
+        ([], "abs_one"),
+        (["--popart"], "none"),
+        (["--popart", "--loss.reward_clipping", "abs_one"], "abs_one"),
+        (["--loss.reward_clipping", "soft_asymmetric"], "soft_asymmetric"),
+    ],
+)
+def test_popart_does_without_clipping_unless_it_is_asked_for(flags: list[str], clipping: str) -> None:
+    assert load(flags=flags).reward_clipping == clipping
+
+
+@pytest.mark.parametrize("flag", ["--no-lstm", "--no-network.lstm", "--no_lstm"])
+def test_a_preset_s_switch_is_switched_off_by_any_of_its_names(flag: str) -> None:
+    assert load(flags=["--preset", "seed-pong", flag]).network.lstm is False
+
+
 def test_replay_shares_a_batch_with_fresh_experience() -> None:
     config = load(flags=["--replay.ratio", "7"])
     assert (config.fresh_per_update, config.steps_per_update) == (4, 80)

@@ -1,8 +1,8 @@
 """The whole network: a torso over single observations, perhaps a core over time, and two heads.
 
 Actors call it for one time step, learners for an unroll, and both get the same outputs. The torso may run in
-bfloat16; everything after it is float32. Shapes: T time, B columns, A policy outputs, K tasks, H state, W
-words.
+bfloat16 or be wrapped by torch.compile; everything after it is float32 and eager. Shapes: T time, B columns,
+A policy outputs, K tasks, H state, W words.
 """
 
 from __future__ import annotations

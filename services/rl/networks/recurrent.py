@@ -39,7 +39,12 @@ class RecurrentCore(nn.Module):
         cuts: Sequence[int],
         state_2BH: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Outputs, and the state after them. At the times ``cuts`` some column begins an episode."""
+        """Outputs, and the state after them. At the times ``cuts`` some column begins an episode.
+
+        The same is in ``episode_start_TB``, but a device would have to be waited for to look there.
+        """
+        if episode_start_TB.device.type == "cpu":
+            assert set(cuts_of(episode_start_TB)) <= set(cuts), f"episodes begin at other times than {cuts}"
         going_on_TB1 = (~episode_start_TB).unsqueeze(-1).to(features_TBF.dtype)
         actions_TBA = nn.functional.one_hot(last_action_TB.long(), self._num_actions)
         # Whatever came before its first observation is not part of an episode.
@@ -48,7 +53,8 @@ class RecurrentCore(nn.Module):
         outputs = []
         edges = sorted({0, *cuts, len(inputs_TBX)})
         for begin, end in itertools.pairwise(edges):
-            hidden_2BH = state_2BH * going_on_TB1[begin]
+            # A rollout's state comes as a view; cuDNN takes contiguous ones only.
+            hidden_2BH = (state_2BH * going_on_TB1[begin]).contiguous()
             output, (h, c) = self.lstm(inputs_TBX[begin:end], (hidden_2BH[:1], hidden_2BH[1:]))
             outputs.append(output)
             state_2BH = torch.cat([h, c])

@@ -322,12 +322,13 @@ def test_without_what_the_unroll_began_with_the_logits_are_others(unrolls: Unrol
     assert differing > 0.5 * unfinished > 5
 
 
-def test_without_cuts_what_was_remembered_leaks_into_the_next_episode(
+def test_cuts_that_leave_out_a_start_are_noticed_before_anything_leaks_into_the_next_episode(
     unrolls: Unrolls,
 ) -> None:
     learner = Recomputing(False)
     for batch in (batch for batch in unrolls[False] if batch.cuts):
-        assert not all(learner.agrees(replace(batch, cuts=())))
+        with pytest.raises(AssertionError, match="episodes begin at other times"):
+            learner.agrees(replace(batch, cuts=()))
 
 
 def test_with_the_instructions_of_other_steps_the_logits_are_others(

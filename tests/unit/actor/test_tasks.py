@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import pytest
 import torch
 
 from services import config as configuration
+from services.actor.__main__ import deals_alike
 from services.actor.loop import Half
+from services.config import ActorConfig, RunConfig
 from services.learner.batch import Batch, Batcher, message_bytes, rollout_schema
 from services.learner.episodes import Episodes
 from services.learner.intake import Freshness, Intake, RolloutQueue
@@ -19,6 +22,7 @@ from services.rl.networks import make_network
 from services.rl.policy import Policy
 from services.rl.tasks import deal, tasks_of, tasks_spec
 from services.wire.codec import Expected
+from services.wire.messages import NO_SEAT
 from services.wire.sockets import RolloutReceiver
 from tests.unit.actor import errands
 from tests.unit.learner.rollouts import RUN, Counts
@@ -50,23 +54,30 @@ class Learner:
     counts: Counts
 
 
-def trained(seat: int, num_tasks: int = len(TASKS)) -> Learner:
-    """One actor's rollouts, as a learner of ``num_tasks`` takes them in: a batch per unroll."""
+def make_policy(seed: int) -> Policy:
     policy = Policy(
         network=make_network(SPEC, CONFIG.network, len(TASKS)),
         actions=ACTIONS,
         frame_stack=1,
         dtype=torch.float32,
-        seed=seat,
+        seed=seed,
     )
     policy.version = 0
-    stopping = threading.Event()
-    halves = [
+    return policy
+
+
+def make_halves(seat: int) -> list[Half]:
+    return [
         Half(dealt.make(TASKS, SPEC.num_actions, 1), SPEC, T, ACTIONS.num_outputs, seed=1, tasks=dealt.tasks)
         for dealt in deal(seat, NUM_ENVS, len(TASKS))
     ]
+
+
+def trained(seat: int, num_tasks: int = len(TASKS)) -> Learner:
+    """One actor's rollouts, as a learner of ``num_tasks`` takes them in: a batch per unroll."""
+    stopping = threading.Event()
     outbox = Outbox(NUM_UNROLLS * NUM_ENVS, stopping)
-    actor_loop(halves, policy, outbox, stopping).run()
+    actor_loop(make_halves(seat), make_policy(seat), outbox, stopping).run()
 
     stopping = threading.Event()
     learner = Learner(batches=[], episodes=Episodes(["short", "long"]), counts=Counts())
@@ -145,3 +156,23 @@ def test_rollouts_of_a_task_that_the_run_does_not_have_are_refused_and_counted()
     assert learner.counts("invalid_rollouts_total", reason="schema") == NUM_UNROLLS * 3
     assert [batch.tasks for batch in learner.batches] == [(0,) * NUM_ENVS] * 2
     assert learner.episodes.take()[1].total == 0
+
+
+def test_an_actor_whose_new_seat_has_other_tasks_begins_anew_and_otherwise_goes_on() -> None:
+    config = RunConfig(actor=ActorConfig(num_envs=2), actors=4)
+    alike = partial(deals_alike, config)
+    assert alike(num_tasks=4, old=0, new=0)
+    assert alike(num_tasks=4, old=0, new=NO_SEAT), "perhaps it gets the old one back"
+    assert not alike(num_tasks=4, old=0, new=1)
+    assert alike(num_tasks=4, old=0, new=2), "slots 4 and 5 have the tasks of 0 and 1"
+    assert alike(num_tasks=1, old=0, new=3)
+
+
+def test_a_loop_that_may_not_go_on_ends_between_two_unrolls() -> None:
+    stopping = threading.Event()
+    answers = iter([True, False])
+    outbox = Outbox(10**6, stopping)
+    loop = actor_loop(make_halves(0), make_policy(0), outbox, stopping, may_go_on=lambda: next(answers))
+    loop.run()
+    assert not stopping.is_set()
+    assert len(outbox.messages) == 2 * NUM_ENVS - NUM_ENVS // 2, "the second half was in its second unroll"

@@ -103,6 +103,7 @@ def make_batch(seed: int = 1, spec: EnvSpec = VECTORS) -> Batch:
         task=torch.zeros(B, dtype=torch.int64),
         tasks=(0,) * B,
         num_fresh=B,
+        cuts=(),
         policy_versions=(0,) * B,
         release=lambda: None,
     )

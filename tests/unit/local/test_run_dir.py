@@ -97,6 +97,17 @@ def test_a_resumed_run_keeps_its_preset(config: RunConfig) -> None:
         ("--network", "nature", "network.name = 'nature': the run in {} began with 'auto'"),
         ("--network.hidden_size", "64", "network.hidden_size = 64: the run in {} began with 128"),
         ("--optimiser.name", "adam", "optimiser.name = 'adam': the run in {} began with 'rmsprop'"),
+        (
+            "--optimiser.rmsprop_momentum",
+            "0.9",
+            "optimiser.rmsprop_momentum = 0.9: the run in {} began with 0.0",
+        ),
+        ("--popart.min_sigma", "0.01", "popart.min_sigma = 0.01: the run in {} began with 0.0001"),
+        (
+            "--tasks",
+            "catch",
+            "tasks = [{{'id': 'catch', 'name': None, 'kwargs': {{}}}}]: the run in {} began with []",
+        ),
     ],
 )
 def test_a_resumed_run_keeps_what_its_checkpoints_depend_on(

@@ -9,7 +9,7 @@ things up in a table gives every observation a known value and every gradient te
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -230,6 +230,7 @@ def actor_loop(
     stopping: threading.Event,
     weights: object | None = None,
     metrics: ActorMetrics | None = None,
+    may_go_on: Callable[[], bool] = lambda: True,
 ) -> ActorLoop:
     """The real loop around hand-written neighbours."""
     return ActorLoop(
@@ -242,6 +243,7 @@ def actor_loop(
         client=Client(client_id="actor-0", incarnation=7),
         metrics=metrics or ActorMetrics(CollectorRegistry()),
         heartbeat=Heartbeat(),
+        may_go_on=may_go_on,
         stopping=stopping,
     )
 

@@ -137,6 +137,28 @@ def test_no_gradient_crosses_the_start_of_an_episode() -> None:
     assert features.grad[5:, 0].abs().sum() > 0
 
 
+def test_a_start_that_the_cuts_do_not_name_is_noticed() -> None:
+    network = core()
+    features, actions, rewards = inputs()
+    starts = torch.zeros(T, B, dtype=torch.bool)
+    starts[5, 0] = True
+    with pytest.raises(AssertionError, match="episodes begin at other times"):
+        network(features, actions, rewards, starts, (), zeros())
+
+
+def test_the_lstm_is_given_contiguous_states_because_cudnn_takes_no_others() -> None:
+    network = core()
+    contiguous: list[bool] = []
+    network.lstm.register_forward_pre_hook(
+        lambda _module, given: contiguous.extend(state.is_contiguous() for state in given[1])
+    )
+    features, actions, rewards = inputs()
+    starts = torch.zeros(T, B, dtype=torch.bool)
+    of_rollouts = torch.randn(B, 2, H).transpose(0, 1)
+    network(features, actions, rewards, starts, (), of_rollouts)
+    assert contiguous == [True, True]
+
+
 def test_without_starts_the_whole_unroll_is_one_call() -> None:
     network, calls = core(), []
     network.lstm.register_forward_hook(lambda _module, given, _output: calls.append(len(given[0])))

@@ -56,6 +56,10 @@ def test_arguments_of_a_task_stand_over_those_of_the_environment() -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        (
+            ["--tasks", "[{id: atari57, name: all}]", "--actors", "2"],
+            "tasks: name = 'all' for the 57 tasks of atari57; allowed is none",
+        ),
         (["--tasks", "catch,catch"], "tasks: 2 are called 'catch'; allowed are different ids, or names"),
         (
             ["--tasks", "atari57"],
