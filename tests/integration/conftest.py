@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.local.plan import private_socket_dir, reserved_ports
-from tests.integration.system import CATCH, Pod, Run
+from tests.integration.system import CATCH, QUICK, Pod, Run
 
 StartRun = Callable[..., Run]
 StartPod = Callable[..., Pod]
@@ -17,12 +17,16 @@ StartPod = Callable[..., Pod]
 
 @pytest.fixture
 def start_run(tmp_path: Path) -> Iterator[StartRun]:
-    """``start_run("--total_steps", "1000")``: a run of Catch in ``tmp_path/run``, or resumed from there."""
+    """``start_run("--total_steps", "1000")``: a run in ``tmp_path/run``, or resumed from there.
+
+    It is of Catch, unless ``--tasks`` says otherwise.
+    """
     runs: list[Run] = []
 
     def start(*flags: str, resume: bool = False) -> Run:
         run_dir = tmp_path / "run"
-        begin = ["--resume", str(run_dir)] if resume else [*CATCH, "--run_dir", str(run_dir)]
+        played = QUICK if "--tasks" in flags else CATCH
+        begin = ["--resume", str(run_dir)] if resume else [*played, "--run_dir", str(run_dir)]
         log = tmp_path / f"launcher-{len(runs)}.log"
         runs.append(Run(run_dir, log, [*begin, "--ops.port", "0", *flags]))
         return runs[-1]

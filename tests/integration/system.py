@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 START_S = 90.0
 """Until a pod must be up: importing torch takes seconds, and much longer where all cores are busy."""
 
-CATCH = ("--env", "catch", "--network.hidden_size", "32", "--learner.log_interval_s", "0.5")
+QUICK = ("--network.hidden_size", "32", "--learner.log_interval_s", "0.5")
+CATCH = ("--env", "catch", *QUICK)
 STEPS_PER_UPDATE = 640
 
 
