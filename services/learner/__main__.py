@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -226,8 +227,18 @@ def refuse_impossible_sizes(config: RunConfig, schema: Mapping[str, ArraySpec], 
             raise ValueError(
                 f"wire.max_message_bytes = {allowed}: {what} could never be sent; allowed is at least {size}"
             )
-    batches_gb = NUM_SLOTS * config.batch_size * rollout_bytes / 1e9
     physical_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if config.replay.ratio:  # frames compress, nobody knows how well; the rest does not
+        incompressible = sum(
+            math.prod(spec.shape) * 4 for spec in schema.values() if spec.dtype in ("float32", "int32")
+        )
+        least_gb = config.replay.capacity // config.unroll_length * incompressible / 1e9
+        if least_gb > physical_gb:
+            raise ValueError(
+                f"replay.capacity = {config.replay.capacity}: takes more than {least_gb:,.0f} GB; allowed is "
+                f"less than this machine's {physical_gb:,.0f} GB"
+            )
+    batches_gb = NUM_SLOTS * config.batch_size * rollout_bytes / 1e9
     if batches_gb > physical_gb:
         raise ValueError(
             f"batch_size = {config.batch_size}, unroll_length = {config.unroll_length}: {NUM_SLOTS} batches "

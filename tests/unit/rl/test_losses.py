@@ -290,7 +290,7 @@ def test_baselines_become_values_on_the_scale_of_their_own_column() -> None:
     assert loss.targets_TB.tolist() == [[6.0, 4.0, 2.0]] * T
 
 
-def test_a_rejected_step_changes_nothing_after_it_and_lets_nothing_through_to_the_steps_before() -> None:
+def test_a_rejected_step_changes_nothing_after_it_and_passes_on_no_more_than_its_own_difference() -> None:
     # One column that plays on-policy but for step 2, where the policy has turned around; step 2 is rejected.
     # gamma = 1, values 0, rewards 1, 2, 4, 8, 16, 32. rho_2 = 1, as its action happened to keep its
     # probability. So v = 1+2+4, 2+4, 4 up to there, and 8+16+32, 16+32, 32 beyond.
