@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.config import OptimiserConfig, RunConfig
+from services.config import RunConfig
 from services.learner.batch import Batch
 from services.learner.group import Group
+from services.learner.optimiser import clip_or_zero, make_optimiser, settings, statistics
 from services.rl.actions import Discrete
 from services.rl.frames import stack_frames
 from services.rl.losses import Experience, Loss, impala_loss
 from services.rl.networks import ActorCritic, Inputs
 from services.rl.popart import moments
-from services.rl.rmsprop_tf import RMSpropTF
 
 
 class TrainingDivergedError(RuntimeError):
@@ -131,16 +131,16 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there; ValueError or RuntimeError if it is another network's or optimiser's state."""
-        settings = [_settings(group) for group in self.optimiser.param_groups]
+        own_settings = [settings(group) for group in self.optimiser.param_groups]
         saved = state["optimiser"]["param_groups"]
-        if [_statistics(group) for group in saved] != [_statistics(group) for group in settings]:
+        if [statistics(group) for group in saved] != [statistics(group) for group in own_settings]:
             raise ValueError(
                 "it was written with another optimiser.name, or optimiser.rmsprop_momentum has become 0 or "
                 "ceased to be"
             )
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
-        for group, own in zip(self.optimiser.param_groups, settings, strict=True):
+        for group, own in zip(self.optimiser.param_groups, own_settings, strict=True):
             group.update(own)  # the configuration says how to go on, not the checkpoint
         self.version = state["version"]
         self.steps = state["steps"]
@@ -296,43 +296,3 @@ class Trainer:
 def _shifted(before_B1: Tensor | None, values_BT: Tensor) -> Tensor | None:
     """[T + 1, B]: at each observation, the value of the step before it."""
     return None if before_B1 is None else torch.cat([before_B1, values_BT], 1).T
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What one of an optimiser's groups was configured with. The learning rate is its schedule's."""
-    return {key: value for key, value in group.items() if key not in ("params", "lr")}
-
-
-def _statistics(group: Mapping[str, Any]) -> tuple[bool, bool, bool]:
-    """Which kinds of averages an optimiser with these settings keeps: (Adam's, TensorFlow's, momentum)."""
-    return "betas" in group, "tensorflow" in group, bool(group.get("momentum"))
-
-
-def make_optimiser(config: OptimiserConfig, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of the run."""
-    parameters = network.parameters()
-    if config.name == "adam":
-        betas = (config.adam_beta1, config.adam_beta2)
-        return torch.optim.Adam(parameters, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
-    rmsprop = RMSpropTF if config.name == "rmsprop_tf" else torch.optim.RMSprop
-    return rmsprop(
-        parameters,
-        lr=config.learning_rate,
-        alpha=config.rmsprop_alpha,
-        eps=config.rmsprop_epsilon,
-        momentum=config.rmsprop_momentum,
-    )
-
-
-def clip_or_zero(gradients: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale in place to the global norm ``max_norm``, or to zero: (norm before, whether it was finite).
-
-    Without a round trip to the device there is no branch, so a bad update is one with a zero gradient.
-    """
-    norm = torch.nn.utils.get_total_norm(gradients)
-    finite = torch.isfinite(norm)
-    scale = torch.where(finite, (max_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
-    for gradient in gradients:
-        torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-        gradient.mul_(scale)
-    return norm, finite

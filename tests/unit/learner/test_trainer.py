@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from services.config import ActorConfig, LearnerConfig, LossConfig, NetworkConfig, OptimiserConfig, RunConfig
 from services.learner.batch import Batch
 from services.learner.group import Group
-from services.learner.trainer import Trainer, TrainingDivergedError, clip_or_zero, make_optimiser
+from services.learner.optimiser import clip_or_zero, make_optimiser
+from services.learner.trainer import Trainer, TrainingDivergedError
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec
 from services.rl.networks import make_network
