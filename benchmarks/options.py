@@ -16,7 +16,10 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "nature+lstm": ("--network", "nature", "--lstm"),
     "deep": ("--network", "deep"),
     "deep+lstm": ("--network", "deep", "--lstm"),
-    "popart-4-games": ("--network", "shallow", "--popart", "--tasks", FOUR_GAMES),
+    "popart-4-games": (
+        *("--network", "shallow", "--tasks", FOUR_GAMES),
+        *("--popart", "--loss.reward_clipping", "none"),
+    ),
     "replay-7": ("--network", "shallow", "--replay.ratio", "7", "--replay.capacity", "200000"),
 }
 """What can be measured, and the flags that make it."""

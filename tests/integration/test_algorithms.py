@@ -1,4 +1,4 @@
-"""The agents of the papers, as a user asks for them: deep and recurrent, all of Atari-57, replay at full size."""
+"""The agents of the papers, as a user asks for them: deep and recurrent, of all games, with a full replay."""
 
 from __future__ import annotations
 
