@@ -6,14 +6,17 @@ import torch
 
 from services.actor.loop import Half
 from services.learner.batch import Batch
+from services.rl.networks.recurrent import cuts_of
 
 
 def batch_of(half: Half) -> Batch:
     """The unroll of all of its environments, as the batcher would lay it out."""
     columns = half.env.num_envs
+    first = half.episode_start.shape[1] - half.action.shape[1] - 1  # before it, only frame history
+    episode_start = torch.from_numpy(half.episode_start)
     return Batch(
         observation=torch.from_numpy(half.observation),
-        episode_start=torch.from_numpy(half.episode_start),
+        episode_start=episode_start,
         action=torch.from_numpy(half.action),
         behaviour_logits=torch.from_numpy(half.behaviour_logits),
         reward=torch.from_numpy(half.reward),
@@ -22,5 +25,6 @@ def batch_of(half: Half) -> Batch:
         tasks=(0,) * columns,
         policy_versions=(half.policy_version,) * columns,
         num_fresh=columns,
+        cuts=cuts_of(episode_start.T[first:]),
         release=lambda: None,
     )
