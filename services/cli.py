@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -50,6 +51,7 @@ Every key of the configuration is a flag too; `impala config --help` lists them 
   --env catch                    what to play: catch, ALE/Pong-v5, CartPole-v1, your.module:factory
   --actors 4                     actor processes
   --total_steps 1000000          agent steps to train for
+  --num-envs 32                  environments of each actor: actor.num_envs
   --preset torchbeast            another set of defaults
   --learning-rate 3e-4 --entropy-cost 0.01 --batch_size 32 --unroll_length 20 --seed 7
 """
@@ -66,14 +68,16 @@ is the directory that `impala train` has made; of several checkpoints in it, the
   --tasks A,B        only these of the run's tasks, or those of a suite: atari57, dmlab30
   --best             the run's best checkpoint instead of its newest
   --json FILE        where the results go
-  --num-envs N       environments that play at the same time; default evaluator.num_envs
-  --workers N        processes, each with a task of its own; default as many as there are cores
+  --num-envs N       environments of each task that play at the same time: evaluator.num_envs (of
+                     `impala train` it is actor.num_envs)
+  --workers N        processes, each with a task of its own; default as many as there are cores, up to 16
 
 The configuration is the checkpoint's own. Every key of it is a flag too (`impala config --help`), such as
 
   --env.sticky_actions 0.25 --seed 7
 
-The same checkpoint, flags and seed give the same returns again.
+The same checkpoint, flags (also --num-envs and --actor.precision) and seed give the same returns again.
+Results that are there already are not replaced: the next ones are called -2, -3 and so on.
 """
 
 CONFIG_USAGE = """\
@@ -104,8 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code = _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:  # before the part itself took care of it
         exit_code = 130
-    except BrokenPipeError:  # `impala config --help | head`
-        exit_code = 0
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise  # another pipe, which is our bug
+        exit_code = 0  # `impala config --help | head`
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -116,6 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Nobody reads it any more; without this Python would try again, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return exit_code
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe that is closed at its other end."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # for errors only
+    return bool(poll.poll(0))
 
 
 def _run(arguments: list[str]) -> int:
@@ -194,6 +208,7 @@ def _train(flags: list[str]) -> int:
 
 def _evaluate(flags: list[str]) -> int:
     from services.config import ConfigError
+    from services.local.signals import unwound_by_signals
     from services.ops.pod import find_modules_here
     from services.ops.threads import limit_threads
 
@@ -220,15 +235,16 @@ def _evaluate(flags: list[str]) -> int:
     find_modules_here()
     limit_threads(1)  # before anything imports torch
 
-    from services.local import evaluate
+    with unwound_by_signals():
+        from services.local import evaluate
 
-    options = evaluate.Options(
-        best=best,
-        tasks=tasks,
-        json=Path(output) if output else None,
-        workers=int(workers) if workers else None,
-    )
-    return evaluate.evaluate(target, flags, options)
+        options = evaluate.Options(
+            best=best,
+            tasks=tasks,
+            json=Path(output) if output else None,
+            workers=int(workers) if workers else None,
+        )
+        return evaluate.evaluate(target, flags, options)
 
 
 def _show_config(flags: list[str]) -> None:

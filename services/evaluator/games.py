@@ -102,7 +102,7 @@ class Games:
         if played is None:
             return None
         return TaskResult(
-            name=task.name, env_id=task.env.id, episodes=played.episodes, num_capped=played.num_capped
+            name=task.name, env=task.env, episodes=played.episodes, num_capped=played.num_capped
         )
 
 

@@ -10,6 +10,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass
 
+from services.config import EnvConfig
 from services.rl.scores import Summary, human_normalised, summarise
 from services.wire.messages import Episode
 
@@ -19,7 +20,7 @@ class TaskResult:
     """One task, of which at least one episode was played."""
 
     name: str
-    env_id: str
+    env: EnvConfig
     """What was played: a level that is kept for testing, perhaps, and not the one that was trained on."""
     episodes: tuple[Episode, ...]
     num_capped: int = 0
@@ -53,7 +54,7 @@ class TaskResult:
     @property
     def human_normalised(self) -> float | None:
         """Of the mean, in percent from random to human, uncapped; None where nobody has measured both."""
-        return human_normalised(self.env_id, self.mean)
+        return human_normalised(self.env.id, self.mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ class Results:
 
 def _plain(task: TaskResult) -> dict[str, object]:
     return {
-        "env": task.env_id,
+        "env": task.env.model_dump(mode="json"),
         "episodes": len(task.episodes),
         "capped": task.num_capped,
         "mean": _finite(task.mean),

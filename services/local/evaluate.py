@@ -8,11 +8,11 @@ not fit the network then is refused before anything is played.
 from __future__ import annotations
 
 import difflib
-import os
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,15 @@ from services.learner.checkpoint import Checkpoint
 from services.local.run_dir import write_json
 from services.local.scoreboard import make_scoreboard, print_results
 from services.local.workers import Job, WorkerError, play_all
+from services.ops.cores import num_cores
 from services.rl.policy import mismatch
 from services.rl.scores import SUITES
 from services.rl.tasks import Task, tasks_of, tasks_spec
 
 FITTING = ("observation_shape", "observation_dtype", "frame_stack", "num_actions", "instruction_length")
 """What a network has been made for; see ``rl.envs.EnvSpec``."""
+MAX_WORKERS = 16
+"""Unless the user says so: each has a network of its own, and a task's environments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Options:
     json: Path | None = None
     """Where the results go; None is a place in the run's directory."""
     workers: int | None = None
-    """Processes that play at the same time; None is as many as there are cores and tasks."""
+    """Processes that play at the same time; None is as many as there are cores and tasks, up to 16."""
 
 
 def evaluate(target: Path, flags: Sequence[str], options: Options) -> int:
@@ -63,41 +66,68 @@ def evaluate(target: Path, flags: Sequence[str], options: Options) -> int:
     except ValueError as error:
         raise ConfigError(one_line(error)) from None
     began_s = time.monotonic()
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.trainer["network"].items()}
-    names = [games.tasks[number].name for number in numbers]
-    num_workers = min(options.workers or os.cpu_count() or 1, len(numbers))
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="impala-") as directory,
-            make_scoreboard(names, config.evaluator.episodes) as scoreboard,
-        ):
-            weights = Path(directory) / "weights.safetensors"
-            safetensors.torch.save_file(tensors, weights)
-            job = Job(config=config, version=checkpoint.trainer["version"], weights=weights)
-            tasks = play_all(job, games, numbers, num_workers, scoreboard)
-    except ValueError as error:
-        raise ConfigError(one_line(error)) from None
+        results = played(checkpoint, config, games, numbers, options.workers)
     except WorkerError as error:
         print_error(str(error))
         return 1
-    results = Results(version=checkpoint.trainer["version"], steps=checkpoint.trainer["steps"], tasks=tasks)
-    print_results(results, checkpoint.path, config)
     content = {
         "checkpoint": str(checkpoint.path),
         "time": round(time.time(), 3),
         "seconds": round(time.monotonic() - began_s, 3),
         "actions": config.evaluator.actions,
         "seed": config.seed,
-        "env": config.env.model_dump(mode="json") | {"life_loss_ends_episode": False},
         **results.plain(),
     }
     try:
-        write_json(output, content)
+        kept = keep(content, output, replace=options.json is not None)
     except OSError as error:
         print_error(f"{output}: cannot be written ({error.strerror})")
+        kept = None
+    print_results(results, checkpoint.path, config)
+    if kept is None:
         return 1
-    sys.stdout.write(f"every return is in {output}\n")
+    sys.stdout.write(f"every return is in {kept}\n")
     return 0
+
+
+def played(
+    checkpoint: Checkpoint, config: RunConfig, games: Games, numbers: Sequence[int], workers: int | None
+) -> Results:
+    """The tasks ``numbers``, with as many processes as make sense unless ``workers`` says so."""
+    names = [games.tasks[number].name for number in numbers]
+    trainer = checkpoint.trainer
+    with (
+        tempfile.TemporaryDirectory(prefix="impala-") as directory,
+        make_scoreboard(names, config.evaluator.episodes) as scoreboard,
+    ):
+        weights = Path(directory) / "weights.safetensors"
+        tensors = {name: tensor.contiguous() for name, tensor in trainer["network"].items()}
+        safetensors.torch.save_file(tensors, weights)
+        job = Job(config=config, version=trainer["version"], weights=weights)
+        num_workers = min(workers or num_cores(MAX_WORKERS), len(numbers))
+        tasks = play_all(job, games, numbers, num_workers, scoreboard)
+    return Results(version=trainer["version"], steps=trainer["steps"], tasks=tasks)
+
+
+def keep(content: Mapping[str, object], output: Path, replace: bool) -> Path:
+    """Where it is written: beside ``output``, with a number, if that is taken and not to be replaced."""
+    path = output
+    for number in itertools.count(2):
+        if replace:
+            break
+        try:
+            path.open("x").close()  # ours from now on, whoever else comes to its end
+            break
+        except FileExistsError:
+            path = output.with_stem(f"{output.stem}-{number}")
+    try:
+        write_json(path, content)
+    except OSError:
+        if not replace:
+            path.unlink(missing_ok=True)
+        raise
+    return path
 
 
 def find_checkpoint(target: Path, best: bool) -> Checkpoint:
@@ -128,6 +158,10 @@ def find_checkpoint(target: Path, best: bool) -> Checkpoint:
 
 def configured(checkpoint: Checkpoint, flags: Sequence[str]) -> RunConfig:
     """The configuration of the checkpoint, overridden by ``flags``."""
+    if checkpoint.config.get("tasks") and any(
+        flag.partition("=")[0] in ("--env", "--env.id") for flag in flags
+    ):
+        raise ConfigError(f"--env: {checkpoint.path} has learned several tasks; choose with --tasks")
     with tempfile.TemporaryDirectory(prefix="impala-") as directory:
         file = Path(directory) / "config.json"
         write_json(file, checkpoint.config)
@@ -140,10 +174,6 @@ def configured(checkpoint: Checkpoint, flags: Sequence[str]) -> RunConfig:
 def refuse_another_network(checkpoint: Checkpoint, config: RunConfig, games: Games) -> None:
     """ConfigError unless the checkpoint's weights are of the network that ``config`` describes."""
     trained = configured(checkpoint, ())
-    if trained.tasks and config.env.id != trained.env.id:
-        raise ConfigError(
-            f"env.id = {config.env.id!r}: {checkpoint.path} has learned {trained.title}; choose with --tasks"
-        )
     if config.env != trained.env:
         spec = tasks_spec(tasks_of(trained))
         for name in FITTING:

@@ -16,7 +16,15 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from services.config import RunConfig
 from services.evaluator.results import Results, TaskResult
@@ -65,20 +73,29 @@ def table(results: Results, width: int) -> str:
 
     head = row("task", columns)
     body = (row(name, cells) for name, *cells in zip(names, *columns.values(), strict=True))
-    return "\n".join([head, "-" * len(head), *body, *_together(results)])
+    notes = [*_together(results), *_capped(results)]
+    return "\n".join([head, "-" * len(head), *body, *([""] if notes else []), *notes])
 
 
 def _together(results: Results) -> list[str]:
     """Of several tasks."""
     if len(results.tasks) == 1:
         return []
-    lines = ["", f"mean over {len(results.tasks)} tasks: {figure(results.mean)}"]
+    lines = [f"mean over {len(results.tasks)} tasks: {figure(results.mean)}"]
     if (suite := results.human_normalised) is not None:
         lines += [
             f"human-normalised: mean {_score(suite.mean)}, median {_score(suite.median)}",
             f"capped at 100 %: mean {_score(suite.mean_capped)}, median {_score(suite.median_capped)}",
         ]
     return lines
+
+
+def _capped(results: Results) -> list[str]:
+    """What must not be taken for whole episodes."""
+    capped = {task.name: task.num_capped for task in results.tasks if task.num_capped}
+    return [
+        f"{name}: {count:,} of its episodes did not end, and were cut off" for name, count in capped.items()
+    ]
 
 
 def _score(value: float | None) -> str:
@@ -107,6 +124,7 @@ class LiveScoreboard:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[mean]:>9}", style="bold"),
+            TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
@@ -129,6 +147,9 @@ class LiveScoreboard:
         self._progress.update(self._rows[name], advance=1, mean=figure(sum(returns) / len(returns)))
         if self._all is not None:
             self._progress.advance(self._all)
+
+    def tick(self) -> None:
+        """Bars draw themselves."""
 
     def finished(self, result: TaskResult) -> None:
         """Its bar goes."""
@@ -158,7 +179,7 @@ class PlainScoreboard:
         self._all = len(names) * num_episodes
         self._log = log
         self._clock = clock
-        self._told_s = clock()
+        self._began_s = self._told_s = clock()
         self._finished = 0
         self._played = 0
 
@@ -166,11 +187,16 @@ class PlainScoreboard:
         """Nothing to say."""
 
     def episode(self, name: str, episode: Episode) -> None:  # noqa: ARG002
-        """How far it is, if that was not told for a while."""
+        """One more."""
         self._played += 1
-        if self._clock() - self._told_s >= LINE_INTERVAL_S and self._played < self._all:
-            self._told_s = self._clock()
-            self._log.info("playing", episodes=self._played, of=self._all)
+
+    def tick(self) -> None:
+        """How far it is, if that was not told for a while."""
+        now_s = self._clock()
+        if now_s - self._told_s >= LINE_INTERVAL_S and self._played < self._all:
+            self._told_s = now_s
+            seconds = round(now_s - self._began_s)
+            self._log.info("playing", episodes=self._played, of=self._all, seconds=seconds)
 
     def finished(self, result: TaskResult) -> None:
         """Its mean."""

@@ -2,7 +2,8 @@
 
 Each worker has one pipe to the command and gets its next task when it has finished one; a worker that dies
 ends its pipe, and with it the evaluation. Workers are spawned, never forked, because torch has threads.
-Ctrl-C, which a terminal sends to all, is blocked in them: the command stops them, and they notice its end.
+Ctrl-C and SIGHUP, which a terminal sends to all, are blocked in them: the command stops them, and they notice
+its end.
 The seeds of a task do not depend on who plays it, nor on what is played beside it.
 """
 
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Protocol
 
 import torch
 
-from services.config import RunConfig
+from services.config import ConfigError, RunConfig
 from services.evaluator.games import Games
 from services.evaluator.results import TaskResult
 from services.ops.lifecycle import Lifecycle
@@ -32,6 +34,7 @@ from services.wire.messages import Episode
 
 POLL_S = 1.0
 END_S = 5.0
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 
 class WorkerError(Exception):
@@ -57,6 +60,9 @@ class Scoreboard(Protocol):
     def episode(self, name: str, episode: Episode) -> None:
         """One of its episodes has ended."""
 
+    def tick(self) -> None:
+        """Time goes by, whether or not anything has ended: called about once a second or more often."""
+
     def finished(self, result: TaskResult) -> None:
         """All of them have."""
 
@@ -78,6 +84,7 @@ def play_all(
             job.version,
             weights,
             stopping=threading.Event(),
+            on_step=scoreboard.tick,
             on_episode=partial(scoreboard.episode, name),
         )
         assert result is not None, "nobody stops it"
@@ -93,37 +100,43 @@ def _side_by_side(
     left = deque(numbers)
     playing: dict[Connection, int] = {}
 
-    def deal(pipe: Connection) -> None:
-        if left:
-            playing[pipe] = left.popleft()
-            pipe.send(playing[pipe])
-            scoreboard.began(games.tasks[playing[pipe]].name)
-        else:
-            del playing[pipe]
+    def death(worker: SpawnProcess, number: int) -> WorkerError:
+        worker.join(END_S)
+        name, code = games.tasks[number].name, worker.exitcode
+        return WorkerError(f"the process that played {name} has died (exit code {code})")
+
+    def deal(pipe: Connection, worker: SpawnProcess) -> None:
+        if not left:
+            playing.pop(pipe, None)
             pipe.close()
+            return
+        playing[pipe] = left.popleft()
+        try:
+            pipe.send(playing[pipe])
+        except OSError:
+            raise death(worker, playing[pipe]) from None
+        scoreboard.began(games.tasks[playing[pipe]].name)
 
     with _workers(job, num_workers) as workers:
-        for pipe in workers:
-            deal(pipe)
+        for pipe, worker in workers.items():
+            deal(pipe, worker)
         while playing:
             ready = wait(list(playing), POLL_S)
+            scoreboard.tick()
             for pipe in [each for each in playing if each in ready]:
-                name = games.tasks[playing[pipe]].name
                 try:
                     said = pipe.recv()
                 except (EOFError, OSError):
-                    workers[pipe].join(END_S)
-                    code = workers[pipe].exitcode
-                    raise WorkerError(f"the process that played {name} has died (exit code {code})") from None
+                    raise death(workers[pipe], playing[pipe]) from None
                 match said:
                     case Episode():
-                        scoreboard.episode(name, said)
+                        scoreboard.episode(games.tasks[playing[pipe]].name, said)
                     case TaskResult():
                         scoreboard.finished(said)
                         results[playing[pipe]] = said
-                        deal(pipe)
+                        deal(pipe, workers[pipe])
                     case _:
-                        raise ValueError(said)
+                        raise ConfigError(said)
     return tuple(results[number] for number in numbers)
 
 
@@ -133,7 +146,8 @@ def _workers(job: Job, count: int) -> Iterator[dict[Connection, SpawnProcess]]:
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, SpawnProcess] = {}
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which a process inherits
+        resource_tracker.ensure_running()  # now, because its start unblocks what is blocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)  # which a process inherits
         try:
             for _ in range(count):
                 ours, theirs = context.Pipe()
@@ -142,7 +156,7 @@ def _workers(job: Job, count: int) -> Iterator[dict[Connection, SpawnProcess]]:
                 theirs.close()
                 workers[ours] = worker
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINAL_SIGNALS)
         yield workers
     finally:
         for pipe, worker in workers.items():
@@ -164,14 +178,22 @@ def _work(pipe: Connection, job: Job) -> None:
     torch.set_num_threads(job.config.actor.inference_threads)
     games = Games(job.config)
     weights = decode_weights(games.network, job.weights.read_bytes())
-    with contextlib.suppress(EOFError, OSError):  # the command wants nothing more, or is gone
-        while not lifecycle.stopping.is_set():
-            try:
-                result = games.play(
-                    pipe.recv(), job.version, weights, stopping=lifecycle.stopping, on_episode=pipe.send
-                )
-            except ValueError as error:  # for the user to mend
-                pipe.send(str(error))
-                return
-            if result is not None:
-                pipe.send(result)
+
+    def tell(said: Episode | TaskResult | str) -> None:
+        try:
+            pipe.send(said)
+        except OSError:
+            lifecycle.stop("the command is gone")
+
+    while not lifecycle.stopping.is_set():
+        try:
+            number = pipe.recv()
+        except (EOFError, OSError):  # the command wants nothing more, or is gone
+            return
+        try:
+            result = games.play(number, job.version, weights, stopping=lifecycle.stopping, on_episode=tell)
+        except ConfigError as error:
+            tell(str(error))
+            return
+        if result is not None:
+            tell(result)

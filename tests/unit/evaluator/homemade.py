@@ -62,8 +62,51 @@ class Beacon(Diary):
 class Refusing(Diary):
     """Lacks something that only its user can bring."""
 
+    num_open = 0
+    """In this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        Refusing.num_open += 1
+
+    def close(self) -> None:
+        Refusing.num_open -= 1
+
     def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
         raise ValueError("env.kwargs.dataset_path = '':\n    the images are missing")
+
+
+class Broken(Diary):
+    """Has a bug that shows in the middle of its first episode."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self._error = error
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self._step == NUM_STEPS // 2:
+            raise self._error("array of the wrong size")
+        return super().step(action)
+
+
+class Endless(Diary):
+    """Never ends."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+def broken() -> gymnasium.Env[Any, Any]:
+    return Broken(ValueError)
+
+
+def cut_off() -> gymnasium.Env[Any, Any]:
+    """As if what it talks to had died."""
+    return Broken(BrokenPipeError)
+
+
+def endless() -> gymnasium.Env[Any, Any]:
+    return Endless()
 
 
 def refusing() -> gymnasium.Env[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,26 +13,31 @@ import torch
 from torch import Tensor
 
 from services import config as configuration
+from services.config import ConfigError, RunConfig
 from services.evaluator.games import Games, seeds
 from services.evaluator.results import TaskResult
 from services.rl.networks.recurrent import RecurrentCore
 from services.rl.player import Player
-from tests.unit.evaluator.homemade import NUM_STEPS
+from tests.unit.evaluator.homemade import NUM_STEPS, Constant, Refusing
 
 HOMEMADE = "tests.unit.evaluator.homemade"
+DIARY = f"{HOMEMADE}:diary"
 ALL_ONES = 2**NUM_STEPS - 1
 
 
-def games(*flags: str, env: str = f"{HOMEMADE}:diary", episodes: int = 6, num_envs: int = 3) -> Games:
-    return Games(
-        configuration.load(
-            flags=[
-                *("--env", env, "--network", f"{HOMEMADE}:constant", "--actor.precision", "float32"),
-                *("--evaluator.episodes", str(episodes), "--evaluator.num_envs", str(num_envs)),
-                *flags,
-            ]
-        )
+def configured(*flags: str, env: str = DIARY, episodes: int = 6, num_envs: int = 3) -> RunConfig:
+    return configuration.load(
+        flags=[
+            *(() if "--tasks" in flags else ("--env", env)),
+            *("--network", f"{HOMEMADE}:constant", "--actor.precision", "float32"),
+            *("--evaluator.episodes", str(episodes), "--evaluator.num_envs", str(num_envs)),
+            *flags,
+        ]
     )
+
+
+def games(*flags: str, env: str = DIARY, episodes: int = 6, num_envs: int = 3) -> Games:
+    return Games(configured(*flags, env=env, episodes=episodes, num_envs=num_envs))
 
 
 def prefers(played: Games, odds: float) -> Mapping[str, Tensor]:
@@ -113,23 +118,31 @@ def test_every_episode_begins_with_an_empty_memory() -> None:
     assert result.returns[0] not in (0, ALL_ONES), "it remembers nothing, and the next test proves nothing"
 
 
-def test_a_memory_that_went_on_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = RecurrentCore.forward
+class Unforgetting(RecurrentCore):
+    """Takes no observation for the first of an episode."""
 
-    def never_resets(
-        self: RecurrentCore, features: Tensor, action: Tensor, reward: Tensor, start: Tensor, *rest: Tensor
+    def forward(
+        self,
+        features_TBF: Tensor,
+        last_action_TB: Tensor,
+        last_reward_TB: Tensor,
+        episode_start_TB: Tensor,
+        cuts: Sequence[int],
+        state_2BH: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        return forward(self, features, action, reward, torch.zeros_like(start), *rest)  # type: ignore[arg-type]
+        never = torch.zeros_like(episode_start_TB)
+        return super().forward(features_TBF, last_action_TB, last_reward_TB, never, cuts, state_2BH)
 
-    monkeypatch.setattr(RecurrentCore, "forward", never_resets)
+
+def test_a_memory_that_went_on_would_be_seen() -> None:
     recurrent = games(*RECURRENT)
+    recurrent.network.core = Unforgetting(Constant.num_features, num_actions=2, size=8)
     result = play(recurrent, remembering(recurrent))
     assert len(set(result.returns)) > 1
 
 
 # --------------------------------------------------------------------------------------------------- tasks
 
-DIARY = f"{HOMEMADE}:diary"
 TASKS = [{"id": DIARY, "name": "two"}, {"id": DIARY, "name": "three", "kwargs": {"num_actions": 3}}]
 TWO = ("--tasks", json.dumps(TASKS))
 
@@ -162,7 +175,7 @@ def test_games_are_whole_though_training_ends_them_at_a_lost_life() -> None:
 
 def test_levels_are_those_that_are_kept_for_testing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "rl" / "envs" / "fake_lab"))
-    levels = games("--tasks", "rooms_collect_good_objects_train,dmlab/rooms_watermaze", env="catch").tasks
+    levels = games("--tasks", "rooms_collect_good_objects_train,dmlab/rooms_watermaze").tasks
     assert [(task.name, task.env.id, task.env.kwargs) for task in levels] == [
         ("rooms_collect_good_objects_train", "rooms_collect_good_objects_test", {"test": True}),
         ("dmlab/rooms_watermaze", "dmlab/rooms_watermaze", {"test": True}),
@@ -179,7 +192,7 @@ def test_no_more_environments_are_opened_than_there_are_episodes() -> None:
         opened.append(sit_down())
         return opened[-1]
 
-    single = Games(games(episodes=1, num_envs=50)._config, build)
+    single = Games(configured(episodes=1, num_envs=50), build)
     assert play(single, prefers(single, 1e6)).returns == [ALL_ONES]
     assert [player.env.num_envs for player in opened] == [1]
 
@@ -189,8 +202,31 @@ def test_a_stop_leaves_no_result_whether_before_or_in_the_game() -> None:
     stopping = threading.Event()
     stopping.set()
     assert diary.play(0, 1, prefers(diary, 1.0), stopping=stopping) is None
-    gone = Games(diary._config, lambda sit_down: None)
+    gone = Games(configured(), lambda sit_down: None)
     assert gone.play(0, 1, prefers(gone, 1.0), stopping=threading.Event()) is None
+
+
+def test_environments_that_do_not_begin_are_closed_and_their_complaint_is_the_users() -> None:
+    unlucky = games(env=f"{HOMEMADE}:refusing")
+    Refusing.num_open = 0
+    with pytest.raises(ConfigError, match=r"^env\.kwargs\.dataset_path = '': the images are missing$"):
+        play(unlucky, prefers(unlucky, 1.0))
+    assert Refusing.num_open == 0
+
+
+def test_what_goes_wrong_in_a_game_is_nothing_for_the_user_to_mend() -> None:
+    broken = games(env=f"{HOMEMADE}:broken")
+    with pytest.raises(ValueError, match="array of the wrong size") as raised:
+        play(broken, prefers(broken, 1.0))
+    assert not isinstance(raised.value, ConfigError)
+
+
+def test_an_episode_without_an_end_is_cut_off_as_configured() -> None:
+    endless = games("--evaluator.max_episode_steps", "20", env=f"{HOMEMADE}:endless")
+    result = play(endless, prefers(endless, 1e6))
+    assert result.num_capped == 6
+    assert [episode.length for episode in result.episodes] == [20] * 6
+    assert play(games(), prefers(games(), 1.0)).num_capped == 0
 
 
 def test_what_cannot_be_played_is_refused_at_once() -> None:

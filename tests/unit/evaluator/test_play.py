@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from services.evaluator.play import play
+from services.evaluator.play import Played, play
 from services.rl.envs import EnvSpec, Transition
 from services.rl.envs.base import VectorEnv
 from services.rl.player import Player
@@ -39,7 +39,8 @@ class Clockwork(VectorEnv):
         self.spec = SPEC
         self.num_envs = len(scripts)
         self.steps = 0
-        self._lives = [self._life(script) for script in scripts]
+        self.seeds: list[int] = []
+        self._scripts = scripts
 
     @staticmethod
     def _life(script: Sequence[Sequence[float | None]]) -> Any:
@@ -51,6 +52,8 @@ class Clockwork(VectorEnv):
                 yield (0.0, False, False)  # the reset, which nobody acts
 
     def reset(self, seed: int) -> NDArray[Any]:
+        self.seeds.append(seed)
+        self._lives = [self._life(script) for script in self._scripts]
         return np.zeros((self.num_envs, 1), np.float32)
 
     def send(self, actions: NDArray[np.int64]) -> None:
@@ -90,9 +93,23 @@ def play_all(
     on_step: Callable[[], None] = lambda: None,
     heard: list[Episode] | None = None,
 ) -> tuple[Episode, ...] | None:
+    played = play_capped(Clockwork(scripts), num_episodes, 1000, stopping, on_step, heard)
+    assert played is None or played.num_capped == 0
+    return played.episodes if played else None
+
+
+def play_capped(
+    env: Clockwork,
+    num_episodes: int,
+    max_steps: int,
+    stopping: threading.Event | None = None,
+    on_step: Callable[[], None] = lambda: None,
+    heard: list[Episode] | None = None,
+) -> Played | None:
     return play(
-        Player(Clockwork(scripts), cast(Policy, Idler()), seed=1),
+        Player(env, cast(Policy, Idler()), seed=1),
         num_episodes,
+        max_steps,
         stopping=stopping or threading.Event(),
         on_step=on_step,
         on_episode=(heard if heard is not None else []).append,
@@ -155,3 +172,47 @@ def test_a_stop_in_the_middle_of_a_game_ends_it_at_the_next_step(after: int) -> 
 
     assert play_all([[[1.0] * 1000]], 1, stopping=stopping, on_step=on_step) is None
     assert steps == after
+
+
+# ------------------------------------------------------------------------------- episodes without an end
+
+
+ENDLESS = [[1.0] * 1_000_000]
+
+
+def test_an_episode_without_an_end_is_cut_off_and_counted() -> None:
+    heard: list[Episode] = []
+    played = play_capped(Clockwork([ENDLESS]), 1, 50, heard=heard)
+    assert played == Played(episodes=(episode(50, 50),), num_capped=1)
+    assert heard == [episode(50, 50)]
+
+
+def test_an_episode_that_ends_with_its_last_allowed_step_is_whole() -> None:
+    assert play_capped(Clockwork([[[1.0] * 5]]), 2, 5) == Played(episodes=(episode(5, 5),) * 2, num_capped=0)
+    assert play_capped(Clockwork([[[1.0] * 6]]), 2, 5) == Played(episodes=(episode(5, 5),) * 2, num_capped=2)
+
+
+def test_after_a_cut_a_new_episode_begins_with_another_seed() -> None:
+    """Its first rewards tell that it is a new one."""
+    env = Clockwork([[[7.0] + [1.0] * 1000]])
+    played = play_capped(env, 3, 4)
+    assert played == Played(episodes=(episode(10, 4),) * 3, num_capped=3)
+    assert env.seeds == [1, 2, 3]
+
+
+def test_a_cut_in_one_environment_does_not_touch_the_games_of_the_others() -> None:
+    """The second environment ends all of its three before the first one, cut off at once, goes on."""
+    env = Clockwork([[[0.5] * 1000], [[1.0] * 3, [2.0] * 4]])
+    played = play_capped(env, 6, 4)
+    assert played is not None
+    assert played.episodes == (
+        *(episode(2, 4), episode(3, 3)),
+        *(episode(2, 4), episode(8, 4)),
+        *(episode(2, 4), episode(3, 3)),
+    )
+    assert played.num_capped == 3
+    assert env.seeds == [1, 2, 3]
+
+
+def test_an_environment_without_a_share_may_go_on_for_ever() -> None:
+    assert play_all([[[1.0]], ENDLESS], 1) == (episode(1, 1),)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from services.config import EnvConfig
 from services.evaluator.results import Results, TaskResult
 from services.wire.messages import Episode
 
@@ -14,7 +15,7 @@ from services.wire.messages import Episode
 def result(name: str, *returns: float, env_id: str | None = None) -> TaskResult:
     """Episode k is k + 1 steps long."""
     episodes = tuple(Episode(episode_return=r, length=k) for k, r in enumerate(returns, start=1))
-    return TaskResult(name=name, env_id=env_id or name, episodes=episodes)
+    return TaskResult(name=name, env=EnvConfig(id=env_id or name), episodes=episodes)
 
 
 def results(*tasks: TaskResult) -> Results:
@@ -67,8 +68,9 @@ def test_the_plain_form_says_all_of_it() -> None:
         "human_normalised": None,
         "tasks": {
             "easy": {
-                "env": "catch",
+                "env": EnvConfig(id="catch").model_dump(mode="json"),
                 "episodes": 2,
+                "capped": 0,
                 "mean": 2.0,
                 "median": 2.0,
                 "std": 1.0,

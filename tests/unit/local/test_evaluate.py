@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -10,7 +11,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,11 @@ from services import cli
 from services import config as configuration
 from services.evaluator.games import Games
 from services.learner.checkpoint import CheckpointStore
+from services.local.evaluate import keep
+from services.local.signals import unwound_by_signals
 from services.ops.metrics import LearnerMetrics
 from tests.unit.evaluator.homemade import NUM_STEPS
+from tests.unit.learner.disk import full_disk
 from tests.unit.learner.waiting import until
 
 HOMEMADE = "tests.unit.evaluator.homemade"
@@ -40,7 +46,8 @@ def save(
     run_dir: Path, *flags: str, steps: int = 640, odds: float = 1e9, mean_return: float | None = None
 ) -> Path:
     """A checkpoint of a policy that draws action 1 ``odds`` times as often as each other one."""
-    config = configuration.load(flags=["--env", DIARY, *EXACT, "--run_dir", str(run_dir), *flags])
+    env = () if "--tasks" in flags else ("--env", DIARY)
+    config = configuration.load(flags=[*env, *EXACT, "--run_dir", str(run_dir), *flags])
     network = Games(config).network
     weights = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
     weights["policy.bias"][1] = math.log(odds)
@@ -97,8 +104,9 @@ def test_a_run_is_evaluated_with_its_newest_checkpoint_and_its_own_configuration
     assert (content["actions"], content["seed"], content["mean"]) == ("sampled", 5, ALL_ONES)
     assert content["tasks"] == {
         DIARY: {
-            "env": DIARY,
+            "env": {**content["tasks"][DIARY]["env"], "id": DIARY, "life_loss_ends_episode": False},
             "episodes": 3,
+            "capped": 0,
             "mean": ALL_ONES,
             "median": ALL_ONES,
             "std": 0.0,
@@ -117,8 +125,7 @@ def test_flags_override_the_checkpoints_configuration(run_dir: Path) -> None:
     assert evaluate(run_dir, "--greedy", "--evaluator.episodes", "4", "--env.sticky_actions=0.25") == 0
     content = results_in(run_dir / "evaluations" / "step-640-greedy.json")
     assert content["tasks"][DIARY]["returns"] == [ALL_ONES] * 4
-    assert content["env"]["sticky_actions"] == 0.25
-    assert content["env"]["life_loss_ends_episode"] is False
+    assert content["tasks"][DIARY]["env"]["sticky_actions"] == 0.25
 
 
 def test_the_environments_of_the_shell_are_not_the_checkpoints(
@@ -172,6 +179,75 @@ def test_the_same_seed_gives_the_same_returns_and_another_one_does_not(run_dir: 
     assert returns[0] == returns[1] != returns[2]
 
 
+def test_results_that_are_there_already_are_not_replaced(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(run_dir, odds=1.0)
+    for seed in ("7", "8", "9"):
+        assert evaluate(run_dir, "--seed", seed, "--episodes", "1") == 0
+    names = ["step-640-sampled.json", "step-640-sampled-2.json", "step-640-sampled-3.json"]
+    directory = run_dir / "evaluations"
+    assert [results_in(directory / name)["seed"] for name in names] == [7, 8, 9]
+    assert sorted(path.name for path in directory.iterdir()) == sorted(names)
+    assert capsys.readouterr().out.endswith(f"every return is in {directory / names[2]}\n")
+
+
+def test_evaluations_that_come_to_their_end_together_keep_one_file_each(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    start = threading.Barrier(8)
+
+    def write(number: int) -> Path:
+        start.wait()
+        return keep({"number": number}, output, replace=False)
+
+    with ThreadPoolExecutor(8) as pool:
+        kept = list(pool.map(write, range(8)))
+    assert [results_in(path)["number"] for path in kept] == list(range(8))
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_a_file_that_is_named_is_replaced(run_dir: Path) -> None:
+    save(run_dir)
+    output = run_dir / "mine.json"
+    for episodes in ("1", "2"):
+        assert evaluate(run_dir, "--episodes", episodes, "--json", output) == 0
+    assert results_in(output)["tasks"][DIARY]["episodes"] == 2
+    assert not list(run_dir.glob("mine-*"))
+
+
+def test_results_are_kept_also_if_nobody_reads_the_table(run_dir: Path) -> None:
+    """A reader that is gone before the games end."""
+    save(run_dir)
+    process = command(run_dir, "--episodes", "3", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert complaints(process) == ""
+    assert process.returncode == 0
+    assert results_in(run_dir / "evaluations" / "step-640-sampled.json")["mean"] == ALL_ONES
+
+
+def test_results_without_a_place_on_the_disk_are_shown_all_the_same(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(run_dir)
+    with full_disk(3000):  # enough for the weights
+        assert evaluate(run_dir, "--episodes", "1000") == 1
+    captured = capsys.readouterr()
+    assert "cannot be written (File too large)" in captured.err
+    assert f"{DIARY}     1,000  255.0" in captured.out
+    assert not list((run_dir / "evaluations").glob("*.json")), "nothing that looks like results"
+
+
+def test_an_episode_without_an_end_is_cut_off_and_told_of(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(run_dir, "--env.id", f"{HOMEMADE}:endless")
+    assert evaluate(run_dir, "--episodes", "3", "--evaluator.max_episode_steps", "40") == 0
+    task = results_in(run_dir / "evaluations" / "step-640-sampled.json")["tasks"][f"{HOMEMADE}:endless"]
+    assert (task["episodes"], task["capped"], task["lengths"]) == (3, 3, [40, 40, 40])
+    assert ":endless: 3 of its episodes did not end, and were cut off\n" in capsys.readouterr().out
+
+
 def test_a_recurrent_policy_with_popart_is_evaluated_like_any_other(run_dir: Path) -> None:
     save(run_dir, "--lstm", "--popart")
     assert evaluate(run_dir, "--episodes", "2", "--num-envs", "2") == 0
@@ -194,6 +270,17 @@ def test_all_tasks_are_played_and_the_processes_that_play_them_change_nothing(
     assert played[0] == played[1]
     assert played[0]["two"]["returns"] != played[0]["three"]["returns"]
     assert "mean over 2 tasks: " in capsys.readouterr().out
+
+
+def test_each_task_has_with_it_the_environment_that_was_played(run_dir: Path) -> None:
+    save(run_dir, *TWO_TASKS, "--env.sticky_actions", "0.25")
+    assert evaluate(run_dir, "--episodes", "1", "--workers", "1") == 0
+    content = results_in(run_dir / "evaluations" / "step-640-sampled.json")
+    assert "env" not in content, "it would be that of no task"
+    for name, kwargs in (("two", {}), ("three", {"num_actions": 3})):
+        env = content["tasks"][name]["env"]
+        assert (env["id"], env["kwargs"], env["sticky_actions"]) == (DIARY, kwargs, 0.25)
+        assert env["life_loss_ends_episode"] is False
 
 
 def test_only_the_tasks_that_are_named_are_played_with_the_same_games_as_among_all(run_dir: Path) -> None:
@@ -294,9 +381,13 @@ def test_another_network_than_the_checkpoints(complaint: Complaint, run_dir: Pat
     assert complaint([run_dir, "--lstm"]).startswith(f"network: {path} is of another one (")
 
 
-def test_another_environment_where_there_are_tasks(complaint: Complaint, run_dir: Path) -> None:
-    save(run_dir, *TWO_TASKS)
-    assert complaint([run_dir, "--env", "catch"]).endswith("choose with --tasks")
+@pytest.mark.parametrize("flags", [["--env", "catch"], ["--env.id=catch"]])
+def test_another_environment_where_there_are_tasks(
+    complaint: Complaint, run_dir: Path, flags: list[str]
+) -> None:
+    path = save(run_dir, *TWO_TASKS)
+    line = f"--env: {path} has learned several tasks; choose with --tasks"
+    assert complaint([run_dir, *flags]) == line
 
 
 @pytest.mark.parametrize(
@@ -348,13 +439,27 @@ def test_what_an_environment_itself_asks_of_the_user(
     assert capsys.readouterr().err == "impala: env.kwargs.dataset_path = '': the images are missing\n"
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(("env", "error"), [("broken", "ValueError"), ("cut_off", "BrokenPipeError")])
+def test_an_error_in_the_middle_of_a_game_keeps_its_traceback(
+    run_dir: Path, env: str, error: str, workers: str
+) -> None:
+    """It is none that the user could mend, which is exit code 2, and no reader that has seen enough."""
+    tasks = [{"id": f"{HOMEMADE}:{env}", "name": name} for name in ("one", "two")]
+    save(run_dir, "--tasks", json.dumps(tasks))
+    process = command(run_dir, "--workers", workers)
+    words = complaints(process)
+    assert process.returncode == 1
+    assert f"\n{error}: array of the wrong size\n" in words
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 
-def two_in(beacons: Path) -> list[int]:
-    """The processes that have left their ids there, once they are two."""
+def several_in(beacons: Path, count: int) -> list[int]:
+    """The processes that have left their ids there, once they are so many."""
     pids = [int(path.name) for path in beacons.iterdir()]
-    return pids if len(pids) == 2 else []
+    return pids if len(pids) == count else []
 
 
 def alive(pid: int) -> bool:
@@ -364,29 +469,42 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def playing(run_dir: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A command in the middle of its games, and its two workers."""
+def command(run_dir: Path, *flags: str, stdout: int | None = None) -> subprocess.Popen[str]:
+    """`impala evaluate` as a process, whose temporary files lie in ``run_dir / "tmp"``."""
+    (run_dir / "tmp").mkdir()
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.cli", "evaluate", str(run_dir), *flags],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(run_dir / "tmp")},
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def in_the_middle(run_dir: Path, num_workers: int) -> Iterator[Playing]:
+    """A command in the middle of its games, and the processes that play them."""
     beacons = run_dir / "beacons"
     beacons.mkdir(parents=True)
     env = {"id": f"{HOMEMADE}:beacon", "kwargs": {"directory": str(beacons)}}
     save(run_dir, "--tasks", json.dumps([env | {"name": "one"}, env | {"name": "two"}]))
-    flags = [str(run_dir), "--episodes", "100000000", "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "evaluate", *flags],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"TMPDIR": str(run_dir)},  # a killed command leaves its file with the weights
-        start_new_session=True,
-    )
+    process = command(run_dir, "--episodes", "100000000", "--workers", str(num_workers))
     try:
-        workers = until(lambda: two_in(beacons), "two workers play", START_S)
-        assert process.pid not in workers
+        workers = until(lambda: several_in(beacons, num_workers), "its workers play", START_S)
         yield process, workers
     finally:
         process.kill()
         process.communicate()
     until(lambda: not any(alive(worker) for worker in workers), "no worker is left")
+
+
+@pytest.fixture
+def playing(run_dir: Path) -> Iterator[Playing]:
+    """With two workers."""
+    with in_the_middle(run_dir, 2) as (process, workers):
+        assert process.pid not in workers
+        yield process, workers
 
 
 Playing = tuple[subprocess.Popen[str], list[int]]
@@ -404,6 +522,54 @@ def test_ctrl_c_which_a_terminal_sends_to_all_ends_all_without_a_word(playing: P
     assert complaints(process) == ""
     assert process.returncode == 130
     assert not any(alive(worker) for worker in workers)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_leaves_nothing_behind(
+    run_dir: Path, number: int, num_workers: int
+) -> None:
+    with in_the_middle(run_dir, num_workers) as (process, workers):
+        assert list((run_dir / "tmp").glob("impala-*")), "no weights lie there, and the test proves nothing"
+        process.send_signal(number)
+        assert complaints(process) == ""
+        assert process.returncode == 128 + number
+        assert not any(alive(worker) for worker in workers)
+        assert not list((run_dir / "tmp").glob("impala-*"))
+
+
+def test_a_terminal_that_is_closed_ends_all_without_a_word(playing: Playing) -> None:
+    process, workers = playing
+    os.killpg(process.pid, signal.SIGHUP)
+    assert complaints(process) == ""
+    assert process.returncode == 128 + signal.SIGHUP
+    assert not any(alive(worker) for worker in workers)
+
+
+def test_a_command_that_was_told_to_ignore_a_closed_terminal_plays_on() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with unwound_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # on the way out: once is enough
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_fails_on_the_way_out_does_not_hide_why() -> None:
+    def play() -> None:
+        with unwound_by_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                raise OSError("the terminal is gone")
+
+    with pytest.raises(SystemExit) as ended:
+        play()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_workers_do_not_outlive_a_command_that_is_killed(playing: Playing) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from services.config import EnvConfig
 from services.evaluator.results import Results, TaskResult
 from services.local.scoreboard import LiveScoreboard, PlainScoreboard, table
 from services.ops import logging
@@ -16,9 +17,9 @@ from services.rl.scores import SUITES
 from services.wire.messages import Episode
 
 
-def result(name: str, *returns: float) -> TaskResult:
+def result(name: str, *returns: float, num_capped: int = 0) -> TaskResult:
     episodes = tuple(Episode(episode_return=r, length=2400) for r in returns)
-    return TaskResult(name=name, env_id=name, episodes=episodes)
+    return TaskResult(name=name, env=EnvConfig(id=name), episodes=episodes, num_capped=num_capped)
 
 
 def results(*tasks: TaskResult) -> Results:
@@ -82,6 +83,15 @@ def test_the_least_telling_columns_go_first_and_a_long_name_loses_its_beginning(
     assert narrow[2].split()[0].endswith("visuomotor_mapping")
 
 
+def test_episodes_that_were_cut_off_are_told_of_below() -> None:
+    tasks = result("catch", 1.0, 1.0, num_capped=1), result("pole", 1.0)
+    assert table(results(*tasks), width=100).splitlines()[-3:] == [
+        "",
+        "mean over 2 tasks: 1.000",
+        "catch: 1 of its episodes did not end, and were cut off",
+    ]
+
+
 # --------------------------------------------------------------------------------------------- while it plays
 
 
@@ -115,11 +125,21 @@ def test_plain_lines_say_how_far_it_is_now_and_then_and_what_each_task_came_to(l
         for now_s in (1.0, 11.0, 12.0):
             clock.now_s = now_s
             board.episode("a", EPISODE)
+            board.tick()
         board.finished(result("a", 1.0, 1.0, 4.0))
     assert lines(log) == [
-        "playing episodes=2 of=6",
+        "playing episodes=2 of=6 seconds=11",
         "played task=a episodes=3 mean_return=2 tasks=1/2",
     ]
+
+
+def test_plain_lines_go_on_while_no_episode_ends(log: io.StringIO) -> None:
+    clock = Clock()
+    board = PlainScoreboard(["a"], 3, logging.get_logger("evaluate"), clock)
+    for now_s in (9.9, 10.0, 19.9, 20.0):
+        clock.now_s = now_s
+        board.tick()
+    assert lines(log) == ["playing episodes=0 of=3 seconds=10", "playing episodes=0 of=3 seconds=20"]
 
 
 def test_live_bars_count_episodes_and_show_the_mean_so_far() -> None:
