@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from services.config import RunConfig
+from services.config import ConfigError, RunConfig
 from services.ops import logging, pod
 from services.ops.beside import build_beside
 from services.ops.health import HealthServer, Heartbeat
@@ -88,11 +88,15 @@ def run(config: RunConfig, evaluator_id: str, lifecycle: Lifecycle) -> int:
     )
     try:
         loop.run()
+    except ConfigError:  # an environment that cannot be opened, which nothing has found out before
+        lifecycle.stop("wrong configuration", pod.BAD_CONFIG)
+        raise
     except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
         lifecycle.fail(error)
-    puller.join(STOP_S)
-    health.close()
-    log.info("stopped", exit_code=lifecycle.exit_code)
+    finally:
+        puller.join(STOP_S)
+        health.close()
+        log.info("stopped", exit_code=lifecycle.exit_code)
     return lifecycle.exit_code
 
 

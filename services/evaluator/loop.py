@@ -1,7 +1,8 @@
 """The evaluator's loop: weights -> rounds, in each of which all tasks are played with one version of them.
 
     consumes   weights (the newest that ``wire.subscriber`` holds), read once per round
-    produces   a line of ``evaluations.jsonl`` and the gauges of ``EvaluatorMetrics``, once per round
+    produces   the gauges of a task when it has been played; those of all together and a line of
+               ``evaluations.jsonl`` once per round
     waits for  weights that it has not played yet; ``evaluator.interval_s`` since its last round began
     may drop   versions between two rounds, never the last of a run; the round in hand, when the pod stops
 
@@ -15,16 +16,17 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from services.evaluator.games import Games
-from services.evaluator.results import Results
+from services.evaluator.results import Results, TaskResult
 from services.ops.append import append
 from services.ops.health import Heartbeat
 from services.ops.logging import get_logger
-from services.ops.metrics import EvaluatorMetrics
+from services.ops.metrics import SUITE_LABELS, EvaluatorMetrics
 from services.wire.messages import Episode
 from services.wire.subscriber import Snapshot, Subscriber
 
@@ -60,6 +62,7 @@ class EvaluatorLoop:
         self._clock = clock
         self._played: int | None = None
         self._next_s = clock()
+        metrics.weights_age_seconds.set_function(weights.age_s)
 
     def run(self) -> None:
         """Play round after round."""
@@ -94,6 +97,9 @@ class EvaluatorLoop:
             if result is None:
                 return
             tasks.append(result)
+            self._export_task(result)
+            if result.num_capped:
+                _log.warning("episodes_capped", task=result.name, episodes=result.num_capped)
         results = Results(version=snapshot.version, steps=snapshot.steps, tasks=tuple(tasks))
         seconds = self._clock() - began_s
         self._played = snapshot.version
@@ -117,19 +123,18 @@ class EvaluatorLoop:
     def _count(self, _: Episode) -> None:
         self._metrics.episodes.inc()
 
+    def _export_task(self, task: TaskResult) -> None:
+        """At once: a round of a whole suite may take hours."""
+        for statistic, value in (("mean", task.mean), ("median", task.median), ("std", task.std)):
+            self._metrics.episode_return.labels(task.name, statistic).set(value)
+        if task.human_normalised is not None:
+            self._metrics.human_normalised_score.labels(task.name).set(task.human_normalised)
+
     def _export(self, results: Results, seconds: float) -> None:
         metrics = self._metrics
-        for task in results.tasks:
-            for statistic in ("mean", "median", "std"):
-                metrics.episode_return.labels(task.name, statistic).set(getattr(task, statistic))
-            if task.human_normalised is not None:
-                metrics.human_normalised_score.labels(task.name).set(task.human_normalised)
         if (suite := results.human_normalised) is not None:
-            gauge = metrics.suite_human_normalised_score
-            gauge.labels("mean", "false").set(suite.mean)
-            gauge.labels("median", "false").set(suite.median)
-            gauge.labels("mean", "true").set(suite.mean_capped)
-            gauge.labels("median", "true").set(suite.median_capped)
+            for statistic, value in asdict(suite).items():
+                metrics.suite_human_normalised_score.labels(*SUITE_LABELS[statistic]).set(value)
         metrics.policy_version.set(results.version)
         metrics.steps.set(results.steps)
         metrics.round_seconds.set(seconds)

@@ -8,6 +8,7 @@ the live display read these names. An actor id is never a label: a thousand acto
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,6 +21,14 @@ SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0,
 
 INVALID_REASONS = ("malformed", "protocol", "run", "oversized", "schema", "corrupt")
 """Why a message is refused; the same words as ``wire.codec.WireError.reason``."""
+
+SUITE_LABELS: Mapping[str, tuple[str, str]] = {
+    "mean": ("mean", "false"),
+    "median": ("median", "false"),
+    "mean_capped": ("mean", "true"),
+    "median_capped": ("median", "true"),
+}
+"""Of a suite's scores: (statistic, capped), by their names in ``rl.scores.Summary``."""
 
 
 class ActorMetrics:
@@ -227,7 +236,7 @@ class ParamserverMetrics:
 
 
 class EvaluatorMetrics:
-    """What an evaluator found in its latest round: every task played with one version of the weights."""
+    """What an evaluator found: of a task when it has been played, of all together at the end of the round."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         _describe_process(registry, "evaluator")
@@ -259,6 +268,11 @@ class EvaluatorMetrics:
         )
         self.round_seconds = Gauge(
             "impala_evaluator_round_seconds", "Duration of the latest round", registry=registry
+        )
+        self.weights_age_seconds = Gauge(
+            "impala_evaluator_weights_age_seconds",
+            "Time since the newest weights arrived, played or not",
+            registry=registry,
         )
 
         self.policy_version.set(-1)

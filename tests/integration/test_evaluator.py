@@ -43,9 +43,10 @@ def trained(run: Run) -> dict[str, Any]:
 
 
 def test_an_evaluation_agrees_with_the_end_of_the_training_curve(start_run: StartRun, tmp_path: Path) -> None:
-    """Of 200 sampled episodes and of the curve's last 100: three deviations of their difference."""
+    """Of 200 sampled episodes and of the curve's last 100: three deviations of their difference, at a mean
+    of 0.9, where it is larger than beyond."""
     schedule = ("--optimiser.schedule", "constant", "--learning-rate", "0.001")
-    run = start_run("--total_steps", "200000", "--network.hidden_size", "128", *schedule)
+    run = start_run("--total_steps", "300000", "--network.hidden_size", "128", *schedule)
     curve = trained(run)["episode_return"]
     assert curve >= 0.9, "Catch is not solved"
     shown = evaluate(tmp_path / "evaluate.log", str(run.run_dir), "--episodes", "200")
@@ -56,7 +57,6 @@ def test_an_evaluation_agrees_with_the_end_of_the_training_curve(start_run: Star
     assert task["episodes"] == len(task["returns"]) == 200
     assert set(task["returns"]) <= {-1.0, 1.0}
     assert set(task["lengths"]) == {9}
-    assert task["mean"] >= 0.9
     deviation = math.sqrt((1 - 0.9**2) * (1 / 200 + 1 / 100))
     assert abs(task["mean"] - curve) <= 3 * deviation
 
@@ -113,6 +113,7 @@ def test_an_evaluator_beside_a_running_system_plays_newer_and_newer_versions_and
     assert version > 0
     assert -1 <= evaluator.value("evaluator_return", task="catch", statistic="mean") <= 1
     assert evaluator.value("evaluator_episodes_total") >= 10
+    assert 0 < evaluator.value("evaluator_weights_age_seconds") < START_S
     assert paramserver.value("paramserver_seats") == 1, "the actor's"
 
     stops(evaluator)
@@ -147,6 +148,18 @@ def test_an_evaluator_stops_in_the_middle_of_a_round(start_pod: StartPod, tmp_pa
     until(lambda: evaluator.value("evaluator_episodes_total") > 0, "it plays", START_S)
     stops(evaluator)
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
+def test_an_environment_that_does_not_open_ends_the_evaluator_with_what_there_is_to_mend(
+    start_pod: StartPod,
+) -> None:
+    refusing = ("--env", "tests.unit.evaluator.homemade:refusing")
+    for role in ("paramserver", "learner"):
+        start_pod(role, *refusing)
+    evaluator = start_pod("evaluator", *refusing)
+    assert evaluator.exit_code(START_S) == 2
+    assert "\nimpala evaluator: env.kwargs.dataset_path = '': the images are missing\n" in evaluator.log()
+    assert "Traceback" not in evaluator.log()
 
 
 def test_an_evaluator_that_is_stopped_while_it_still_starts_ends_cleanly(start_pod: StartPod) -> None:

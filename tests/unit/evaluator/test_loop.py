@@ -79,6 +79,9 @@ class Scene:
         ).run()
         assert self.stopped
 
+    def age_s(self) -> float:
+        return 12.5
+
     # what ``stopping`` is asked
     def is_set(self) -> bool:
         return self.stopped
@@ -132,7 +135,7 @@ class Table:
         for episode in episodes:
             on_episode(episode)
         task = self.tasks[number]
-        return TaskResult(name=task.name, env_id=task.env.id, episodes=episodes)
+        return TaskResult(name=task.name, env=task.env, episodes=episodes)
 
 
 @pytest.fixture
@@ -196,10 +199,17 @@ def test_a_run_that_goes_on_after_its_end_is_played_again(scene: Scene) -> None:
     assert scene.versions() == [8, 9]
 
 
-def test_a_stop_in_the_middle_of_a_round_reports_nothing_of_it(scene: Scene) -> None:
+def test_a_stop_in_the_middle_of_a_round_reports_the_tasks_that_were_played_and_no_round(
+    scene: Scene,
+) -> None:
+    """A round may take hours, and gauges of tasks need not wait for it."""
     scene.publish_at(101.0, 1)
     scene.run(until_s=101.0 + 0.75 * ROUND_S)
     assert [task for _, task, _ in scene.played] == [0, 1]
+    assert scene.value("return", task="my ALE/Pong-v5", statistic="mean") == 6
+    assert scene.value("human_normalised_score", task="my ALE/Pong-v5") == pytest.approx(100 * 26.7 / 35.3)
+    assert scene.value("return", task="my ALE/Breakout-v5", statistic="mean") is None
+    assert scene.value("suite_human_normalised_score", statistic="mean", capped="false") is None
     assert scene.versions() == []
     assert scene.value("rounds_total") == 0
     assert scene.value("policy_version") == -1
@@ -255,6 +265,11 @@ def test_a_task_without_a_human_has_no_score(scene: Scene) -> None:
     assert scene.value("return", task="my catch", statistic="mean") == 6
     assert scene.value("human_normalised_score", task="my catch") is None
     assert scene.value("suite_human_normalised_score", statistic="mean", capped="true") is None
+
+
+def test_how_old_the_newest_weights_are_is_told_with_every_scrape(scene: Scene) -> None:
+    scene.run(until_s=105.0)
+    assert scene.value("weights_age_seconds") == 12.5
 
 
 def test_before_the_first_round_nothing_is_claimed(scene: Scene) -> None:
