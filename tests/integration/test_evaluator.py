@@ -16,7 +16,7 @@ from tests.integration.system import START_S, STEPS_PER_UPDATE, Pod, Process, Ru
 from tests.integration.test_stop import catches_sigterm
 from tests.unit.learner.waiting import until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 STOP_S = 10.0
 TRAINING_S = 240.0

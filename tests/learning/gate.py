@@ -48,7 +48,7 @@ class Gate:
     """Several tasks, each with the return that counts as 1; the curve is then the worst of them."""
     max_steps: int
     """Agent steps. About twice what it takes."""
-    timeout_s: float = 240.0
+    timeout_s: float = 300.0
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,10 @@ import pytest
 
 from tests.learning.gate import Gate, Result, train
 
-pytestmark = pytest.mark.learning
+pytestmark = [pytest.mark.learning, pytest.mark.timeout(1200)]
+
+ALL_STEPS_S = 900.0
+"""A counter-run has to use them up, however slow the machine is."""
 
 Show = Callable[[str], None]
 
@@ -84,7 +87,8 @@ def test_cartpole_is_learned_with_the_defaults(tmp_path: Path, show: Show) -> No
 
 # ---------------------------------------------------------------------------------------------- memory
 
-RECALL = ["--env", "recall", "--seed", "1"]
+RECALL = ["--env", "recall", "--seed", "1", "--unroll_length", "7"]
+"""Unrolls that begin anywhere in an episode: the cue must not travel by another way than the state."""
 
 
 def test_recall_is_solved_with_an_lstm(tmp_path: Path, show: Show) -> None:
@@ -93,12 +97,12 @@ def test_recall_is_solved_with_an_lstm(tmp_path: Path, show: Show) -> None:
 
 
 def test_recall_cannot_be_solved_without_one(tmp_path: Path, show: Show) -> None:
-    """The counter-run, in unrolls that begin anywhere: the cue must not travel by another way."""
     gate = Gate(
         name="recall, feed-forward",
-        flags=[*RECALL, "--unroll_length", "7"],
+        flags=RECALL,
         target=0.6,
         max_steps=200_000,
+        timeout_s=ALL_STEPS_S,
     )
     fail_gate(gate, tmp_path, show)
 
@@ -130,6 +134,7 @@ def test_without_popart_the_large_rewards_drown_the_small_task(tmp_path: Path, s
         flags=TWO_SCALES,
         target=0.9,
         max_steps=300_000,
+        timeout_s=ALL_STEPS_S,
         tasks=FULL_RETURNS,
     )
     result = fail_gate(gate, tmp_path, show)

@@ -25,7 +25,7 @@ from services.rl.networks import Inputs, make_network
 from services.rl.policy import Policy
 from tests.learning.in_process import batch_of
 
-pytestmark = pytest.mark.learning
+pytestmark = [pytest.mark.learning, pytest.mark.timeout(900)]
 
 NUM_ENVS, UNROLL_LENGTH = 32, 20
 LAG, UPDATES, CHUNK = 30, 600, 50

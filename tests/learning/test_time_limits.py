@@ -27,7 +27,7 @@ from services.rl.networks import Inputs, make_network
 from services.rl.policy import Policy
 from tests.learning.in_process import batch_of
 
-pytestmark = pytest.mark.learning
+pytestmark = [pytest.mark.learning, pytest.mark.timeout(900)]
 
 TAKE, GO_ON = 0, 1
 NUM_ENVS, UNROLL_LENGTH, UPDATES = 32, 20, 200
