@@ -26,7 +26,7 @@ from services.rl.envs import dmlab, make_mixed_env
 from services.rl.networks import make_network
 from services.rl.player import Player
 from services.rl.policy import Policy
-from services.rl.scores import test_task
+from services.rl.scores import evaluation_task
 from services.rl.tasks import Task, tasks_of, tasks_spec
 from services.wire.messages import Episode
 
@@ -114,5 +114,5 @@ def seeds(seed: int, version: int, task: int) -> tuple[int, int]:
 
 def _whole_games(task: Task) -> Task:
     kwargs = task.env.kwargs | ({"test": True} if dmlab.plays(task.env.id) else {})
-    changed = {"id": test_task(task.env.id), "kwargs": kwargs, "life_loss_ends_episode": False}
+    changed = {"id": evaluation_task(task.env.id), "kwargs": kwargs, "life_loss_ends_episode": False}
     return replace(task, env=task.env.model_copy(update=changed))

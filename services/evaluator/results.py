@@ -11,6 +11,7 @@ import statistics
 from dataclasses import asdict, dataclass
 
 from services.config import EnvConfig
+from services.ops.append import finite
 from services.rl.scores import Summary, human_normalised, summarise
 from services.wire.messages import Episode
 
@@ -74,8 +75,7 @@ class Results:
     @property
     def human_normalised(self) -> Summary | None:
         """Over several tasks; None unless each of them has a score."""
-        scores = [score for task in self.tasks if (score := task.human_normalised) is not None]
-        return summarise(scores) if len(scores) == len(self.tasks) > 1 else None
+        return summarise([task.human_normalised for task in self.tasks])
 
     def plain(self) -> dict[str, object]:
         """For JSON, which knows no number that is not finite: null."""
@@ -83,8 +83,8 @@ class Results:
         return {
             "version": self.version,
             "steps": self.steps,
-            "mean": _finite(self.mean),
-            "human_normalised": {k: _finite(v) for k, v in asdict(suite).items()} if suite else None,
+            "mean": finite(self.mean),
+            "human_normalised": {k: finite(v) for k, v in asdict(suite).items()} if suite else None,
             "tasks": {task.name: _plain(task) for task in self.tasks},
         }
 
@@ -94,17 +94,13 @@ def _plain(task: TaskResult) -> dict[str, object]:
         "env": task.env.model_dump(mode="json"),
         "episodes": len(task.episodes),
         "capped": task.num_capped,
-        "mean": _finite(task.mean),
-        "median": _finite(task.median),
-        "std": _finite(task.std),
-        "min": _finite(min(task.returns)),
-        "max": _finite(max(task.returns)),
+        "mean": finite(task.mean),
+        "median": finite(task.median),
+        "std": finite(task.std),
+        "min": finite(min(task.returns)),
+        "max": finite(max(task.returns)),
         "mean_length": task.mean_length,
-        "human_normalised": _finite(task.human_normalised),
-        "returns": [_finite(each) for each in task.returns],
+        "human_normalised": finite(task.human_normalised),
+        "returns": [finite(each) for each in task.returns],
         "lengths": [episode.length for episode in task.episodes],
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

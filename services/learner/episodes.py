@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.rl.scores import Summary, human_normalised, summarise
+from services.rl.scores import human_normalised, summarise
 from services.wire.messages import Episode
 
 RECENT_EPISODES = 100
@@ -96,7 +96,7 @@ class Episodes:
         with self._lock:
             tasks = self._look()
         returns = [task.mean_return for task in tasks]
-        suite = suite_summary(tasks)
+        suite = summarise([task.human_normalised for task in tasks])
         return {
             "tasks": [
                 {
@@ -125,12 +125,6 @@ class Episodes:
             TaskEpisodes(task_id=task_id, recent=tuple(recent), new=tuple(new), total=total, steps=steps)
             for task_id, recent, new, total, steps in each
         ]
-
-
-def suite_summary(tasks: Sequence[TaskEpisodes]) -> Summary | None:
-    """Of several tasks; None unless each has a human-normalised score."""
-    scores = [score for task in tasks if (score := task.human_normalised) is not None]
-    return summarise(scores) if len(scores) == len(tasks) > 1 else None
 
 
 def mean(values: Sequence[float | None]) -> float | None:

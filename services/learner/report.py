@@ -9,7 +9,6 @@ training.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,12 +16,13 @@ from pathlib import Path
 
 from prometheus_client import Gauge
 
-from services.learner.episodes import Episodes, TaskEpisodes, mean, suite_summary
+from services.learner.episodes import Episodes, TaskEpisodes, mean
 from services.learner.event_file import event, event_file_name, file_header
 from services.learner.trainer import Figures
-from services.ops.append import append
+from services.ops.append import append, finite
 from services.ops.logging import get_logger
-from services.ops.metrics import LearnerMetrics, ReplayMetrics
+from services.ops.metrics import SUITE_LABELS, LearnerMetrics, ReplayMetrics
+from services.rl.scores import summarise
 
 Value = float | int | None
 
@@ -30,14 +30,6 @@ ONLY_TASK = ("human_normalised", "popart_mean", "popart_sigma")
 """What the line says of an only task, beside its episodes; of several, ``tasks`` says it for each."""
 
 LOSS_TERMS = ("total", "policy", "baseline", "entropy")
-
-SUITE_LABELS: Mapping[str, tuple[str, str]] = {
-    "mean": ("mean", "false"),
-    "median": ("median", "false"),
-    "mean_capped": ("mean", "true"),
-    "median_capped": ("median", "true"),
-}
-"""Of a suite's scores in Prometheus: (statistic, capped), by their names in ``rl.scores.Summary``."""
 
 _log = get_logger("report")
 
@@ -118,13 +110,13 @@ class Reporter:
         if self._replay_metrics is not None:
             line["replay_rejected_ratio"] = figures.replay_rejected_ratio
         by_task = {
-            name: _finite(_of_task(task) | _popart(figures, number))
+            name: _all_finite(_of_task(task) | _popart(figures, number))
             for number, (name, task) in enumerate(zip(self._tasks, tasks, strict=True))
         }
         if len(tasks) == 1:
             (only,) = by_task.values()
             line |= {key: only[key] for key in ONLY_TASK if key in only}
-        line = _finite(line | _of_suite(tasks))
+        line = _all_finite(line | _of_suite(tasks))
         self._since_s, self._steps_before, self._lags, self._waited_s = now_s, steps, [], 0.0
         self._to_prometheus(line, by_task, figures.task_steps)
         try:
@@ -202,13 +194,10 @@ def _of_suite(tasks: Sequence[TaskEpisodes]) -> dict[str, Value]:
     """Scores over several tasks that all have one; unknown until each has ended an episode."""
     if len(tasks) == 1 or not all(task.has_score for task in tasks):
         return {}
-    summary = suite_summary(tasks)
+    summary = summarise([task.human_normalised for task in tasks])
     values: Mapping[str, Value] = asdict(summary) if summary else {}
     return {f"human_normalised_{statistic}": values.get(statistic) for statistic in SUITE_LABELS}
 
 
-def _finite(values: Mapping[str, Value]) -> dict[str, Value]:
-    """JSON knows no others."""
-    return {
-        key: value if value is not None and math.isfinite(value) else None for key, value in values.items()
-    }
+def _all_finite(values: Mapping[str, Value]) -> dict[str, Value]:
+    return {key: finite(value) for key, value in values.items()}

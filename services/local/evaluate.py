@@ -29,7 +29,7 @@ from services.local.scoreboard import make_scoreboard, print_results
 from services.local.workers import Job, WorkerError, play_all
 from services.ops.cores import num_cores
 from services.rl.policy import mismatch
-from services.rl.scores import SUITES
+from services.rl.scores import SCORE_TABLES
 from services.rl.tasks import Task, tasks_of, tasks_spec
 
 FITTING = ("observation_shape", "observation_dtype", "frame_stack", "num_actions", "instruction_length")
@@ -195,8 +195,7 @@ def choose(tasks: Sequence[Task], text: str | None) -> list[int]:
         return list(range(len(tasks)))
     chosen = []
     for wanted in text.split(","):
-        is_suite = wanted in SUITES and wanted not in names
-        for name in SUITES[wanted].tasks if is_suite else (wanted,):
+        for name in (wanted,) if wanted in names else SCORE_TABLES.get(wanted, (wanted,)):
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=3)
                 hint = f"did you mean {' or '.join(close)}?" if close else f"allowed are {', '.join(names)}"

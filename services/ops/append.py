@@ -1,8 +1,9 @@
-"""Files that grow by whole pieces or not at all: a disk that is full for a while costs no more than these."""
+"""Reports grow by whole pieces or not at all: a disk that is full for a while costs no more than these."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 from pathlib import Path
 
@@ -21,3 +22,8 @@ def append(path: Path, data: bytes, header: bytes = b"") -> None:
                 file.truncate(end)
         if written < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def finite(value: float | None) -> float | None:
+    """For JSON, which knows no other numbers: null."""
+    return value if value is not None and math.isfinite(value) else None

@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from services.ops.metrics import SUITE_LABELS
 from services.ops.scrape import Increase, Scrape, increases
 
 RATE_WINDOW_S = 10.0
 """Rates are means over this time: long enough for calm digits, short enough to see a change."""
+
+SUITE_SCORES = ("mean", "median", "mean_capped")
+"""Those that people report."""
 
 PodPhase = Literal["starting", "up", "silent", "restarting", "stopped"]
 """starting: has not answered yet; silent: has stopped to; restarting: waits for its next start."""
@@ -169,13 +173,11 @@ def _lag(now: Scrape, increase: Increase) -> tuple[float | None, float | None]:
 
 
 def _suite_scores(now: Scrape) -> dict[str, float]:
-    name = "impala_suite_human_normalised_score"
-    scores = {
-        "mean": now.get(name, statistic="mean", capped="false"),
-        "median": now.get(name, statistic="median", capped="false"),
-        "mean_capped": now.get(name, statistic="mean", capped="true"),
-    }
-    return {statistic: score for statistic, score in scores.items() if score is not None}
+    scores = {}
+    for kind in SUITE_SCORES:
+        statistic, capped = SUITE_LABELS[kind]
+        scores[kind] = now.get("impala_suite_human_normalised_score", statistic=statistic, capped=capped)
+    return {kind: score for kind, score in scores.items() if score is not None}
 
 
 def _replay(now: Scrape) -> Replay | None:

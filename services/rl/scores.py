@@ -1,26 +1,19 @@
 """Scores on a scale that games share: 0 is a random player, 100 a human one, in percent.
 
-The tables in ``data`` name their sources. Suites of tasks and the level that each is evaluated on come from
-the same tables. Reports and evaluation come after this; nothing here plays, or imports what plays.
+The tables in ``data`` name their sources. The tasks that are reported together, and the level that each is
+evaluated on, come from the same tables. Reports and evaluation come after this; nothing here plays, or
+imports what plays.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suite:
-    """Tasks that are reported together."""
-
-    name: str
-    tasks: tuple[str, ...]
-    """Ids as ``env.id`` spells them; those to train on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +44,11 @@ def _entry(scores: Mapping[str, Any]) -> _Entry:
 _GAMES = _read("atari57.json")["games"]
 _LEVELS = _read("dmlab30.json")["levels"]
 
-SUITES: Mapping[str, Suite] = {
-    "atari57": Suite(
-        name="atari57", tasks=tuple(f"ALE/{game.title().replace('_', '')}-v5" for game in _GAMES)
-    ),
-    "dmlab30": Suite(name="dmlab30", tasks=tuple(f"dmlab/{level['train']}" for level in _LEVELS)),
+SCORE_TABLES: Mapping[str, tuple[str, ...]] = {
+    "atari57": tuple(f"ALE/{game.title().replace('_', '')}-v5" for game in _GAMES),
+    "dmlab30": tuple(f"dmlab/{level['train']}" for level in _LEVELS),
 }
+"""The tasks of each, to train on: ids as ``env.id`` spells them."""
 
 _ATARI = {game.replace("_", ""): _entry(scores) for game, scores in _GAMES.items()}
 _DMLAB = {level[key]: _entry(level) for level in _LEVELS for key in ("train", "test")}
@@ -66,7 +58,7 @@ _ATARI_SPELLING = re.compile(r"(?:ALE/)?(?P<game>\w+?)(?:NoFrameskip|Determinist
 _DMLAB_SPELLING = re.compile(r"(?P<prefix>(?:dmlab/)?(?:contributed/dmlab30/)?)(?P<level>\w+)")
 
 
-def test_task(task_id: str) -> str:
+def evaluation_task(task_id: str) -> str:
     """The id that training on ``task_id`` is evaluated on: the same, but for two levels of DMLab."""
     spelling = _DMLAB_SPELLING.fullmatch(task_id)
     if spelling is None or spelling["level"] not in _DMLAB:
@@ -80,28 +72,18 @@ def human_normalised(task_id: str, score: float) -> float | None:
     return None if entry is None else 100.0 * (score - entry.random) / (entry.human - entry.random)
 
 
-def summary(scores: Mapping[str, float]) -> Summary | None:
-    """Over tasks, given by id with their scores; None unless every one has an entry, and there are any."""
-    normalised = [human_normalised(task_id, score) for task_id, score in scores.items()]
-    known = [score for score in normalised if score is not None]
-    return summarise(known) if known and len(known) == len(normalised) else None
-
-
-def summarise(normalised: Sequence[float]) -> Summary:
-    """The same, of scores that are normalised already."""
-    capped = [min(100.0, score) for score in normalised]
+def summarise(scores: Sequence[float | None]) -> Summary | None:
+    """Over the human-normalised scores of several tasks; None unless every one of them has one."""
+    known = [score for score in scores if score is not None]
+    if len(scores) < 2 or len(known) < len(scores):
+        return None
+    capped = [min(100.0, score) for score in known]
     return Summary(
-        mean=sum(normalised) / len(normalised),
-        median=_median(normalised),
-        mean_capped=sum(capped) / len(capped),
-        median_capped=_median(capped),
+        mean=statistics.fmean(known),
+        median=statistics.median(known),
+        mean_capped=statistics.fmean(capped),
+        median_capped=statistics.median(capped),
     )
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _find(task_id: str) -> _Entry | None:

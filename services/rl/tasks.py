@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from services.config import EnvConfig, RunConfig, TaskConfig
 from services.rl.envs import EnvSpec, VectorEnv, env_spec, make_mixed_env, union_spec
-from services.rl.scores import SUITES
+from services.rl.scores import SCORE_TABLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +83,11 @@ def deal(seat: int, num_envs: int, num_tasks: int) -> tuple[Deal, Deal]:
 
 
 def _expand(entry: TaskConfig) -> list[TaskConfig]:
-    suite = SUITES.get(entry.id)
-    if suite is None:
+    tasks = SCORE_TABLES.get(entry.id)
+    if tasks is None:
         return [entry]
     if entry.name is not None:
         raise ValueError(
-            f"tasks: name = {entry.name!r} for the {len(suite.tasks)} tasks of {entry.id}; allowed is none"
+            f"tasks: name = {entry.name!r} for the {len(tasks)} tasks of {entry.id}; allowed is none"
         )
-    return [TaskConfig(id=task, kwargs=entry.kwargs) for task in suite.tasks]
+    return [TaskConfig(id=task, kwargs=entry.kwargs) for task in tasks]

@@ -111,7 +111,7 @@ class Suite(Protocol):
         ...
 
     def spec(self, config: EnvConfig) -> EnvSpec:
-        """The spec of ``config``'s environment. Cheap."""
+        """The spec of ``config``'s environment; may open one and close it."""
         ...
 
     def make(self, config: EnvConfig, num_envs: int, num_threads: int) -> VectorEnv:

@@ -12,6 +12,7 @@ whose names end in `_test`).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -55,8 +56,8 @@ ACTIONS = np.array(
 """Forward, backward, strafe left, strafe right, look left, look right, look left and forward, look right and
 forward, fire."""
 
-_TRAINING = tuple(task.removeprefix("dmlab/") for task in scores.SUITES["dmlab30"].tasks)
-LEVELS = tuple(dict.fromkeys((*_TRAINING, *map(scores.test_task, _TRAINING))))
+_TRAINING = tuple(task.removeprefix("dmlab/") for task in scores.SCORE_TABLES["dmlab30"])
+LEVELS = tuple(dict.fromkeys((*_TRAINING, *map(scores.evaluation_task, _TRAINING))))
 """Of DMLab-30: 30 to train on, and the two that are tested on a level of their own."""
 
 _TEST_MIXER_SEED = 0x600D5EED  # the one that Lab's documentation reserves for evaluation
@@ -151,25 +152,35 @@ class Level(gymnasium.Env[Any, Any]):
 
 
 class LevelCache:
-    """Maps that were compiled before. Lab asks here first; the directory may be shared by many processes."""
+    """Maps that were compiled before. Lab asks here first; the directory may be shared by many processes.
+
+    Without a word when it is of no use: a cache must not end an episode.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
     def fetch(self, key: str, pk3_path: str) -> bool:
-        """Copy the map to where Lab wants it; False if it is not here."""
-        if not (self._directory / key).exists():
+        """Copy the map to where Lab wants it; False if it is not here, or cannot be read: Lab compiles it."""
+        try:
+            shutil.copyfile(self._directory / key, pk3_path)
+        except OSError:
             return False
-        shutil.copyfile(self._directory / key, pk3_path)
         return True
 
     def write(self, key: str, pk3_path: str) -> None:
-        """Keep a map; whoever looks meanwhile sees all of it or nothing."""
-        handle, copy = tempfile.mkstemp(dir=self._directory)
-        os.close(handle)
-        shutil.copyfile(pk3_path, copy)
-        Path(copy).replace(self._directory / key)
+        """Keep a map, if the disk takes it; whoever looks meanwhile sees all of it or nothing."""
+        with contextlib.suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=self._directory)
+            os.close(handle)
+            copy = Path(name)
+            try:
+                shutil.copyfile(pk3_path, copy)
+                copy.chmod(0o644)  # the directory may be shared with other users
+                copy.replace(self._directory / key)
+            except OSError:
+                copy.unlink()
 
 
 def _load(config: EnvConfig) -> Any:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from services.learner.episodes import RECENT_EPISODES, Episodes, TaskEpisodes, suite_summary
+from services.learner.episodes import RECENT_EPISODES, Episodes, TaskEpisodes
 from services.wire.messages import Episode
 
 
@@ -117,14 +117,11 @@ def test_one_environment_may_be_several_tasks_of_a_suite() -> None:
     episodes = Episodes(["ALE/Pong-v5", "ALE/Pong-v5", "ALE/Pong-v5"])  # with other kwargs, say
     for task, score in enumerate((-20.7, -3.05, 14.6)):  # 0, 50 and 100 %
         episodes.add(task, episode(score))
-    summary = suite_summary(episodes.take())
-    assert summary is not None
-    assert (summary.mean, summary.median) == pytest.approx((50.0, 50.0))
+    assert ranked_by(episodes) == pytest.approx(50.0)
 
 
-def test_a_single_task_is_no_suite() -> None:
+def test_a_single_task_has_a_score_and_is_ranked_by_its_return_all_the_same() -> None:
     episodes = Episodes(["ALE/Pong-v5"])
     episodes.add(0, episode(14.6))
-    tasks = episodes.take()
-    assert tasks[0].human_normalised == pytest.approx(100.0)
-    assert suite_summary(tasks) is None
+    assert episodes.take()[0].human_normalised == pytest.approx(100.0)
+    assert ranked_by(episodes) == pytest.approx(14.6)

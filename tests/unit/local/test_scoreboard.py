@@ -13,7 +13,7 @@ from services.config import EnvConfig
 from services.evaluator.results import Results, TaskResult
 from services.local.scoreboard import LiveScoreboard, PlainScoreboard, table
 from services.ops import logging
-from services.rl.scores import SUITES
+from services.rl.scores import SCORE_TABLES
 from services.wire.messages import Episode
 
 
@@ -63,8 +63,8 @@ def test_tasks_without_a_score_have_none_and_a_mix_has_no_suite() -> None:
 @pytest.mark.parametrize("suite", ["atari57", "dmlab30"])
 @pytest.mark.parametrize("width", [140, 80, 60])
 def test_a_whole_suite_fits_the_terminal_and_no_number_is_cut(suite: str, width: int) -> None:
-    tasks = [result(name, 10.0**k, 123456.0) for k, name in enumerate(SUITES[suite].tasks[:7])]
-    tasks += [result(name, 5.0) for name in SUITES[suite].tasks[7:]]
+    tasks = [result(name, 10.0**k, 123456.0) for k, name in enumerate(SCORE_TABLES[suite][:7])]
+    tasks += [result(name, 5.0) for name in SCORE_TABLES[suite][7:]]
     lines = table(results(*tasks), width).splitlines()
     rows = lines[2 : 2 + len(tasks)]
     assert max(map(len, lines)) <= width

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
-from services.ops.append import append
+from services.ops.append import append, finite
 from tests.unit.learner.disk import full_disk
 
 
@@ -25,3 +26,11 @@ def test_a_piece_that_does_not_fit_leaves_nothing_of_itself(tmp_path: Path, room
         append(path, b"two\n")
     append(path, b"three\n")
     assert path.read_bytes() == b"one\nthree\n"
+
+
+def test_json_has_no_numbers_that_are_not_finite() -> None:
+    assert [finite(value) for value in (1.5, 0.0, math.inf, -math.inf, math.nan, None)] == [
+        1.5,
+        0.0,
+        *[None] * 4,
+    ]

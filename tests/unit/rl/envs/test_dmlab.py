@@ -15,6 +15,7 @@ from services.config import EnvConfig
 from services.rl.envs import dmlab, env_spec, make_vector_env
 from services.rl.envs.instructions import hash_words
 from services.rl.envs.vectorized import vectorize
+from tests.unit.learner.disk import full_disk
 
 pytestmark = pytest.mark.usefixtures("fake_lab", "scratch_dir")
 
@@ -234,6 +235,38 @@ def test_a_map_that_is_kept_is_copied_to_where_lab_wants_it(tmp_path: Path) -> N
     wanted.unlink()
     assert cache.fetch("key", str(wanted))
     assert wanted.read_bytes() == b"map"
+
+
+def test_a_map_that_is_kept_can_be_read_by_other_users_of_the_directory(tmp_path: Path) -> None:
+    cache = dmlab.LevelCache(tmp_path / "cache")
+    compiled = tmp_path / "map.pk3"
+    compiled.write_bytes(b"map")
+    cache.write("key", str(compiled))
+    assert (tmp_path / "cache" / "key").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_cache_on_a_full_disk_is_of_no_use_and_ends_no_episode(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    cache = dmlab.LevelCache(directory)
+    compiled = tmp_path / "map.pk3"
+    compiled.write_bytes(b"map" * 1000)
+    with full_disk(1000):
+        cache.write("key", str(compiled))
+    assert list(directory.iterdir()) == [], "no half of a map"
+    assert not cache.fetch("key", str(tmp_path / "wanted.pk3"))
+
+
+def test_a_cache_that_is_gone_or_unreadable_ends_no_episode(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    cache = dmlab.LevelCache(directory)
+    (directory / "key").mkdir()  # which nobody, not even root, reads as a file
+    assert not cache.fetch("key", str(tmp_path / "wanted.pk3"))
+    (directory / "key").rmdir()
+    directory.rmdir()
+    compiled = tmp_path / "map.pk3"
+    compiled.write_bytes(b"map")
+    cache.write("key", str(compiled))
+    assert not cache.fetch("key", str(tmp_path / "wanted.pk3"))
 
 
 def test_all_32_levels_are_known_by_name_and_nothing_else_is_a_bare_name() -> None:
