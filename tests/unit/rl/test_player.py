@@ -9,82 +9,18 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from services.actor.loop import Half
 from services.config import PopArtConfig
 from services.rl.actions import Discrete
-from services.rl.envs import EnvSpec, Transition
-from services.rl.envs.base import VectorEnv
 from services.rl.networks import ActorCritic
-from services.rl.networks.torso import Torso
 from services.rl.player import Player
 from services.rl.policy import Memory, Policy
+from tests.unit.rl.talking import SPEC, Flat, Talking
 
-SPEC = EnvSpec(
-    id="talking",
-    observation_shape=(2, 3),
-    observation_dtype="uint8",
-    frame_stack=3,
-    num_actions=4,
-    frame_skip=1,
-    instruction_length=5,
-)
-EPISODE_LENGTHS = (1, 3, 7)
+NUM_ENVS = 3
 NUM_STEPS = 20
 T = 4
-
-
-class Talking(VectorEnv):
-    """Environment n ends after ``EPISODE_LENGTHS[n]`` steps; what it shows and says tells what was done."""
-
-    def __init__(self) -> None:
-        self.spec = SPEC
-        self.num_envs = len(EPISODE_LENGTHS)
-        self._history = np.zeros(self.num_envs, np.int64)
-        self._step = np.zeros(self.num_envs, np.int64)
-        self._over = np.zeros(self.num_envs, np.bool_)
-        self._actions = np.zeros(self.num_envs, np.int64)
-
-    def reset(self, seed: int) -> NDArray[Any]:
-        self._history[:] = seed + np.arange(self.num_envs)
-        return self._show()
-
-    def send(self, actions: NDArray[np.int64]) -> None:
-        self._actions = actions.copy()
-
-    def recv(self) -> Transition:
-        resetting, actions = self._over, self._actions
-        self._history = (31 * self._history + 7 * np.where(resetting, 0, actions) + 1) % 251
-        self._step = np.where(resetting, 0, self._step + 1)
-        self._over = ~resetting & (self._step == np.array(EPISODE_LENGTHS))
-        return Transition(
-            observation=self._show(),
-            reward=np.where(resetting, 0, actions - 1.5).astype(np.float32),
-            terminated=self._over.copy(),
-            truncated=np.zeros(self.num_envs, np.bool_),
-            episode_over=self._over.copy(),
-        )
-
-    def instructions(self) -> NDArray[np.int32]:
-        words: NDArray[np.int64] = self._history[:, None] // np.array([1, 2, 3, 4, 5]) % 100 + 1
-        return words.astype(np.int32)
-
-    def close(self) -> None:
-        pass
-
-    def _show(self) -> NDArray[np.uint8]:
-        pixels = self._history[:, None, None] + np.arange(6).reshape(2, 3)
-        return (pixels % 256).astype(np.uint8)
-
-
-class Flat(Torso):
-    """All pixels as they are."""
-
-    num_features = 2 * 3 * 3
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float() / 255
 
 
 @dataclass(frozen=True)
@@ -151,7 +87,7 @@ def witness(seed: int = 11) -> Witness:
 
 
 def shown_to_an_actor() -> list[Shown]:
-    policy, env = witness(), Talking()
+    policy, env = witness(), Talking(NUM_ENVS)
     acting = cast(Policy, policy)
     half = Half(
         env,
@@ -172,7 +108,7 @@ def shown_to_an_actor() -> list[Shown]:
 
 def shown_to_a_player() -> list[Shown]:
     policy = witness()
-    player = Player(Talking(), cast(Policy, policy), seed=5)
+    player = Player(Talking(NUM_ENVS), cast(Policy, policy), seed=5)
     for _ in range(NUM_STEPS):
         player.step()
     return policy.shown
@@ -193,19 +129,19 @@ def test_a_player_shows_its_policy_what_an_actor_shows_it(shown: list[Shown]) ->
 def test_the_newest_frames_are_shown_with_zeros_before_the_first(shown: list[Shown]) -> None:
     first, second = shown[:2]
     nothing = [[0, 0, 0], [0, 0, 0]]
-    assert first.frames[0] == [nothing, nothing, [[5, 6, 7], [8, 9, 10]]]
+    assert first.frames[0] == [nothing, nothing, [[85, 86, 87], [88, 89, 90]]]
     assert first.starts == [[False, False, True]] * 3
     assert second.frames[0][:2] == [nothing, first.frames[0][2]]
     assert second.starts == [[False, True, False]] * 3
 
 
 def test_an_episode_starts_after_the_transition_that_nobody_acted(shown: list[Shown]) -> None:
-    """Lengths 1, 3 and 7: final observation at step L, reset observation at L + 1, and so on from there."""
+    """Final observation at step L, reset observation at L + 1. L is 3, 7, 1, 4; 7, 1, 4, 11; 1, 4, 11."""
     starts = np.array([each.starts for each in shown])[:, :, -1]
     assert [np.flatnonzero(starts[:, n]).tolist() for n in range(3)] == [
-        [0, 2, 4, 6, 8, 10, 12, 14, 16, 18],
-        [0, 4, 8, 12, 16],
-        [0, 8, 16],
+        [0, 4, 12, 14, 19],
+        [0, 8, 10, 15],
+        [0, 2, 7, 19],
     ]
 
 
@@ -217,13 +153,29 @@ def test_memory_moves_on_with_every_step_and_holds_what_was_done_and_paid(shown:
     state, last_action, last_reward = second.memory
     assert (np.array(state) != 0).any()
     assert last_action == first.actions
-    assert last_reward == [action - 1.5 for action in first.actions]
+    paid = [(31 * (85 + 5 * n) + 7 * action + 1) % 251 / 50 - 2 for n, action in enumerate(first.actions)]
+    assert last_reward == pytest.approx(paid)
+    assert len(set(paid)) == NUM_ENVS
 
 
 def test_the_same_seed_plays_the_same_and_another_one_does_not(shown: list[Shown]) -> None:
     assert shown_to_a_player() == shown
     policy = witness(seed=12)
-    player = Player(Talking(), cast(Policy, policy), seed=5)
+    player = Player(Talking(NUM_ENVS), cast(Policy, policy), seed=5)
     for _ in range(NUM_STEPS):
         player.step()
     assert [each.actions for each in policy.shown] != [each.actions for each in shown]
+
+
+def test_a_restart_shows_nothing_of_what_was_before_and_has_another_seed() -> None:
+    """As a player that begins with the next seed."""
+    policy, fresh = witness(), witness()
+    player = Player(Talking(NUM_ENVS), cast(Policy, policy), seed=5)
+    for _ in range(2):
+        player.step()
+    player.restart()
+    player.step()
+    Player(Talking(NUM_ENVS), cast(Policy, fresh), seed=6).step()
+    restarted, first = policy.shown[-1], fresh.shown[0]
+    for what in ("frames", "starts", "memory", "words"):
+        assert getattr(restarted, what) == getattr(first, what), what
