@@ -51,7 +51,7 @@ Every key of the configuration is a flag too; `impala config --help` lists them 
   --env catch                    what to play: catch, ALE/Pong-v5, CartPole-v1, your.module:factory
   --actors 4                     actor processes
   --total_steps 1000000          agent steps to train for
-  --num-envs 32                  environments of each actor: actor.num_envs
+  --num-envs 32                  environments of an actor: actor.num_envs (evaluate: evaluator.num_envs)
   --preset torchbeast            another set of defaults
   --learning-rate 3e-4 --entropy-cost 0.01 --batch_size 32 --unroll_length 20 --seed 7
 """
@@ -67,7 +67,7 @@ is the directory that `impala train` has made; of several checkpoints in it, the
   --greedy           always the policy's most likely action, instead of one drawn from the policy
   --tasks A,B        only these of the run's tasks, or those of a suite: atari57, dmlab30
   --best             the run's best checkpoint instead of its newest
-  --json FILE        where the results go
+  --json FILE        where the results go, and replace what is there
   --num-envs N       environments of each task that play at the same time: evaluator.num_envs (of
                      `impala train` it is actor.num_envs)
   --workers N        processes, each with a task of its own; default as many as there are cores, up to 16
@@ -77,7 +77,7 @@ The configuration is the checkpoint's own. Every key of it is a flag too (`impal
   --env.sticky_actions 0.25 --seed 7
 
 The same checkpoint, flags (also --num-envs and --actor.precision) and seed give the same returns again.
-Results that are there already are not replaced: the next ones are called -2, -3 and so on.
+Without --json, no results are replaced: the next ones of the same kind are called -2, -3 and so on.
 """
 
 CONFIG_USAGE = """\

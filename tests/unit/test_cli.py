@@ -107,6 +107,17 @@ def test_commands_that_only_tell_import_nothing_heavy(argv: list[str]) -> None:
     assert result.stdout
 
 
+def test_num_envs_is_another_key_of_each_command_which_their_helps_say(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command, own in (("train", "actor.num_envs"), ("evaluate", "evaluator.num_envs")):
+        cli.main([command, "--help"])
+        text = capsys.readouterr().out.partition("  --num-envs ")[2]
+        assert own in text.partition("\n")[0]
+        assert "actor.num_envs" in text
+        assert "evaluator.num_envs" in text
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("impala ")
