@@ -12,27 +12,34 @@ from services.learner.checkpoint import read
 from services.ops.scrape import parse_metrics
 from tests.integration.conftest import StartPod, StartRun
 from tests.integration.networks import ONE_LAYER
-from tests.integration.system import Run, field, get, processes_in, scrape
+from tests.integration.system import START_S, Run, field, get, processes_in, scrape
 from tests.integration.test_bad_config import train
 from tests.unit.learner.waiting import until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 STOP_S = 30.0
 TOTAL_STEPS = 10_000_000
 T, FRESH, REPLAYED = 20, 2, 6
 TASKS = "[catch, {id: recall, name: remember, kwargs: {num_cues: 49, delay: 2}}]"
 """Both show 50 numbers. One has 3 actions and the other 49."""
+FIRST = (FRESH + REPLAYED) * T
+"""Steps of the first batch, which is fresh altogether."""
 CAPACITY = 4000
+PER_SEGMENT = CAPACITY // T // 32 + 1
 VARIANT = (
-    *("--tasks", TASKS, "--network", ONE_LAYER, "--lstm", "--network.lstm_size", "16", "--popart"),
+    *("--tasks", TASKS, "--network", ONE_LAYER, "--lstm", "--network.lstm_size", "16"),
+    *("--popart", "--loss.reward_clipping", "none"),
     *("--batch_size", str(FRESH + REPLAYED), "--replay.ratio", "3", "--replay.checkpoint"),
     *("--replay.capacity", str(CAPACITY), "--actor.num_envs", "4"),
 )
 
 
 def lines(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The reports so far; the last one may still be on its way to the disk."""
+    path = run.run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def restored(run: Run) -> tuple[int, str]:
@@ -41,15 +48,44 @@ def restored(run: Run) -> tuple[int, str]:
     return int(field(line, "items")), field(line, "damaged")
 
 
-def both_tasks_have_ended_episodes(run: Run) -> dict[str, Any] | None:
-    newest = lines(run)[-1]
-    return newest if all(task["episode_return"] is not None for task in newest["tasks"].values()) else None
+def full_line(run: Run, steps: int) -> dict[str, Any]:
+    """A report of more than ``steps`` and of an interval with updates, after episodes of both tasks."""
+
+    def newest() -> dict[str, Any] | None:
+        assert run.alive, run.log()
+        for line in lines(run)[-1:]:
+            episodes = all(task["episode_return"] is not None for task in line["tasks"].values())
+            if line["steps"] > steps and line["replay_rejected_ratio"] is not None and episodes:
+                return line
+        return None
+
+    return until(newest, f"a full line of more than {steps} steps", START_S)
+
+
+def assert_ratio(run: Run, first: int) -> None:
+    """Of what is counted after ``first`` fresh steps, three parts are replayed for one that is fresh.
+
+    The two counters are not read at the same instant: a scrape before and one after tell how far one of them
+    has moved meanwhile. One update is allowed, of which one is counted already and the other not yet.
+    """
+    port = run.ports()["learner"]
+    fresh, replayed = "impala_learner_samples_total", "impala_learner_replayed_samples_total"
+
+    def close_together() -> tuple[float, float, float] | None:
+        before, now, after = (scrape(port) for _ in range(3))
+        if not (before and now and after):
+            return None
+        least, most = ((each[fresh] - first) * REPLAYED / FRESH for each in (before, after))
+        return (least, now[replayed], most) if most - least < 0.2 * least else None
+
+    least, found, most = until(close_together, "scrapes close enough to tell")
+    assert least - REPLAYED * T <= found <= most + REPLAYED * T
 
 
 def test_a_run_of_everything_at_once_trains_survives_its_learner_and_resumes(start_run: StartRun) -> None:
     run = start_run(*VARIANT, "--total_steps", str(TOTAL_STEPS), "--checkpoint.interval_s", "2")
     run.train_until(2 * CAPACITY)
-    line = until(lambda: both_tasks_have_ended_episodes(run), "a line with episodes of both tasks")
+    line = full_line(run, 2 * CAPACITY)
     assert set(line["tasks"]) == {"catch", "remember"}
     shares = [task["steps"] / line["steps"] for task in line["tasks"].values()]
     assert sum(shares) == pytest.approx(1.0)
@@ -64,25 +100,24 @@ def test_a_run_of_everything_at_once_trains_survives_its_learner_and_resumes(sta
     assert seen["impala_learner_replay_steps"] == seen["impala_learner_replay_capacity"] == CAPACITY
     assert seen["impala_learner_replay_age_versions"] > 0
     assert 0.0 <= seen["impala_learner_replay_rejected_ratio"] < 1.0
-    assert seen["impala_learner_replay_log_lost_total"] == 0
-    # The first batch of eight is all fresh, and may be counted already where the other is not yet.
-    fresh, replayed = seen["impala_learner_samples_total"], seen["impala_learner_replayed_samples_total"]
-    first = (FRESH + REPLAYED) * T
-    assert abs((fresh - first) * REPLAYED / FRESH - replayed) <= REPLAYED * T
+    assert "impala_learner_replay_log_lost_total" in seen
+    assert_ratio(run, FIRST)
     assert seen['impala_learner_rollouts_total{result="stale"}'] == 0
     assert seen['impala_learner_rollouts_total{result="invalid"}'] == 0
 
-    # Without a warning: the memory comes back but for what was on its way to the disk; nothing rolls back.
-    before = run.steps()
+    # Without a warning: what the disk held comes back, and nothing of what the parameter server held is lost.
     run.kill("learner")
-    run.train_until(before + 20 * FRESH * T)
+    held = until(lambda: run.value("paramserver", "paramserver_version"), "the parameter server answers")
+    started = until(lambda: run.pod_events("learner", "started")[1:], "it is started again", START_S)[0]
+    assert field(started, "newer_weights") == "true"
+    version, steps = int(field(started, "policy_version")), int(field(started, "steps"))
+    assert version >= held > CAPACITY / (FRESH * T)
+    assert steps == FIRST + (version - 1) * FRESH * T
+    run.train_until(steps + 20 * FRESH * T)
     num_restored, damaged = restored(run)
     assert damaged == "null"
-    assert 0.85 * CAPACITY <= num_restored * T <= CAPACITY, "all but four segments of a 32nd"
-    started = run.pod_events("learner", "started")[-1]
-    assert field(started, "newer_weights") == "true"
-    assert int(field(started, "steps")) > before - 50 * FRESH * T
-    newest = until(lambda: both_tasks_have_ended_episodes(run), "a line of its second life")
+    assert CAPACITY // T - PER_SEGMENT <= num_restored <= CAPACITY // T, "but one that was being written"
+    newest = full_line(run, steps)
     assert sum(task["steps"] for task in newest["tasks"].values()) == newest["steps"]
 
     run.interrupt()
@@ -102,18 +137,14 @@ def test_a_run_of_everything_at_once_trains_survives_its_learner_and_resumes(sta
         stopped["steps"],
         stopped["version"],
     )
-    first_line = lines(resumed)[num_lines]
+    first_line = until(lambda: lines(resumed)[num_lines:], "a line of its own")[0]
     assert first_line["steps"] == stopped["steps"]
     assert [task["popart_mean"] for task in first_line["tasks"].values()] == statistics
     assert any(mean != 0 for mean in statistics)
     num_restored, damaged = restored(resumed)
-    assert CAPACITY // T - 10 <= num_restored < CAPACITY // T
+    assert CAPACITY // T - PER_SEGMENT <= num_restored < CAPACITY // T
     assert segments[-3].name in damaged
-    seen = scrape(resumed.ports()["learner"])
-    replayed = seen["impala_learner_replayed_samples_total"]
-    assert abs(seen["impala_learner_samples_total"] * REPLAYED / FRESH - replayed) <= REPLAYED * T, (
-        "from its first batch on"
-    )
+    assert_ratio(resumed, 0)  # from its first batch on
     resumed.interrupt()
     assert resumed.exit_code(STOP_S) == 0, resumed.log()
 
