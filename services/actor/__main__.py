@@ -96,16 +96,20 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
 
         def build(dealt: Deal, seed: int) -> Half:
             env = dealt.make(tasks, spec.num_actions, config.actor.env_threads)
-            return Half(
-                env,
-                spec,
-                config.unroll_length,
-                actions.num_outputs,
-                seed,
-                tasks=dealt.tasks,
-                memory=policy.new_memory(env.num_envs),
-                reads_instructions=policy.reads_instructions,
-            )
+            try:
+                return Half(
+                    env,
+                    spec,
+                    config.unroll_length,
+                    actions.num_outputs,
+                    seed,
+                    tasks=dealt.tasks,
+                    memory=policy.new_memory(env.num_envs),
+                    reads_instructions=policy.reads_instructions,
+                )
+            except Exception:  # the first reset failed, and nobody else knows of the environments
+                env.close()
+                raise
 
         dealt = deal(seat, config.actor.num_envs, len(tasks))
         seeds = env_seeds(config, seat)

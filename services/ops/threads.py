@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from services.config import RunConfig
+from services.ops.cores import num_cores
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -13,7 +14,7 @@ def learner_threads(config: RunConfig) -> int:
     """Those of the training step."""
     if config.learner.num_threads is not None:
         return config.learner.num_threads
-    return min(4, os.cpu_count() or 1) if config.network.name == "deep" else 1
+    return num_cores(4) if config.network.name == "deep" else 1
 
 
 def limit_threads(count: int) -> None:

@@ -20,6 +20,7 @@ from services.local.plan import (
     write_targets,
 )
 from services.local.run_dir import open_run_dir
+from services.ops.cores import num_cores
 
 
 def plan(config: RunConfig, environment: dict[str, str]) -> dict[str, PodSpec]:
@@ -63,9 +64,7 @@ def test_threads_are_set_for_each_role_and_configuration_variables_are_not_inher
     assert "IMPALA__SEED" not in pods["learner"].environment
 
 
-@pytest.mark.parametrize(
-    ("network", "threads"), [("nature", "1"), ("deep", str(min(4, os.cpu_count() or 1)))]
-)
+@pytest.mark.parametrize(("network", "threads"), [("nature", "1"), ("deep", str(num_cores(4)))])
 def test_a_learner_of_the_deep_network_takes_more_cores_unless_it_is_told_how_many(
     network: str, threads: str
 ) -> None:
