@@ -483,13 +483,26 @@ def command(run_dir: Path, *flags: str, stdout: int | None = None) -> subprocess
 
 
 @contextlib.contextmanager
+def as_in_a_terminal() -> Iterator[None]:
+    """What starts meanwhile heeds Ctrl-C and a hangup, also where the tests run in the background or nohup."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def in_the_middle(run_dir: Path, num_workers: int) -> Iterator[Playing]:
     """A command in the middle of its games, and the processes that play them."""
     beacons = run_dir / "beacons"
     beacons.mkdir(parents=True)
     env = {"id": f"{HOMEMADE}:beacon", "kwargs": {"directory": str(beacons)}}
     save(run_dir, "--tasks", json.dumps([env | {"name": "one"}, env | {"name": "two"}]))
-    process = command(run_dir, "--episodes", "100000000", "--workers", str(num_workers))
+    with as_in_a_terminal():
+        process = command(run_dir, "--episodes", "100000000", "--workers", str(num_workers))
     try:
         workers = until(lambda: several_in(beacons, num_workers), "its workers play", START_S)
         yield process, workers
