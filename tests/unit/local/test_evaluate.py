@@ -484,7 +484,7 @@ def command(run_dir: Path, *flags: str, stdout: int | None = None) -> subprocess
 
 @contextlib.contextmanager
 def as_in_a_terminal() -> Iterator[None]:
-    """What starts meanwhile heeds Ctrl-C and a hangup, also where the tests run in the background or nohup."""
+    """What starts meanwhile heeds Ctrl-C and a hangup, also where the tests run in the background."""
     numbers = (signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
