@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
+from services.ops.throttling import ThrottlingCollector
+
 LAG_BUCKETS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 """Policy versions. Exact where a healthy run lives, so that the largest lag can be read off."""
 
@@ -104,6 +106,9 @@ class LearnerMetrics:
             buckets=LAG_BUCKETS,
             registry=registry,
         )
+        self.max_policy_lag = Gauge(
+            "impala_learner_max_policy_lag_versions", "Rollouts further behind are dropped", registry=registry
+        )
         self.stage_seconds = Histogram(
             "impala_learner_stage_seconds",
             "Duration of the stages of an update",
@@ -112,6 +117,9 @@ class LearnerMetrics:
             registry=registry,
         )
         self.world_size = Gauge("impala_learner_world_size", "Learners in the group", registry=registry)
+        self.world_size_configured = Gauge(
+            "impala_learner_world_size_configured", "Learners that the configuration names", registry=registry
+        )
         self.generation = Gauge("impala_learner_generation", "Of the learners' group", registry=registry)
         self.policy_version = Gauge(
             "impala_learner_policy_version", "Newest policy version; -1 before the first", registry=registry
@@ -150,6 +158,9 @@ class LearnerMetrics:
             "impala_checkpoint_timestamp_seconds",
             "Unix time of the newest checkpoint; 0 without any",
             registry=registry,
+        )
+        self.checkpoint_interval_seconds = Gauge(
+            "impala_checkpoint_interval_seconds", "Configured time between two checkpoints", registry=registry
         )
         self.checkpoint_failures = Counter(
             "impala_checkpoint_failures", "Checkpoints that could not be written", registry=registry
@@ -301,7 +312,7 @@ def metric_names(role: str) -> frozenset[str]:
 
 
 def _describe_process(registry: CollectorRegistry, role: str) -> None:
-    """build_info, and what the operating system knows: memory, CPU seconds, open files."""
+    """build_info, and what the operating system knows: memory, CPU seconds, open files, throttling."""
     try:
         installed = version("impala-kubernetes")
     except PackageNotFoundError:  # run from a checkout that was never installed
@@ -309,6 +320,7 @@ def _describe_process(registry: CollectorRegistry, role: str) -> None:
     build_info = Gauge("impala_build_info", "Always 1", ["version", "role"], registry=registry)
     build_info.labels(version=installed, role=role).set(1)
     ProcessCollector(registry=registry)
+    ThrottlingCollector(registry)
 
 
 def _start_at_zero(metric: Counter | Histogram, *label_values: str) -> None:
