@@ -2,12 +2,15 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+IMAGE_PREFIX ?=
+DOCKER_ARGS ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench lock clean
+.PHONY: help train test check bench image chart cluster-test lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Pass options with ARGS, for example: make test ARGS="tests/unit -k vtrace"'
 
 train: .venv/.installed ## train on this machine: parameter server, learner and actors as processes
@@ -24,6 +27,15 @@ check: .venv/.installed ## lint, formatting, types, import rules
 
 bench: .venv/.installed ## measure
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Legacy builders and clusters without a registry: make image DOCKER_ARGS=--network=host, with DOCKER_BUILDKIT=0.
+# Where a CPU build of torch comes from stands in the Dockerfile: DOCKER_ARGS="--build-arg TORCH_INDEX_URL=...".
+image: ## build the container images impala-actor and impala-learner
+	@command -v docker >/dev/null || { echo 'make image: docker is not installed' >&2; exit 1; }
+	for target in actor learner; do \
+	    docker build --target $$target --tag $(IMAGE_PREFIX)impala-$$target:$(VERSION) \
+	        --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) $(DOCKER_ARGS) . || exit; \
+	done
 
 # Resolves anew with the oldest Python we support, so that the pins hold on every one. torch stays where
 # the old lock has it (move it by hand), and it pins its own CUDA packages, which a CPU build lacks.
