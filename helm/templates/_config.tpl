@@ -1,0 +1,24 @@
+{{/* The RunConfig of all pods: `config`, and what only the chart knows. Nothing here depends on `actors`, so
+that scaling restarts nobody. */}}
+{{- define "impala.config" -}}
+{{- $full := include "impala.fullname" . -}}
+{{- $runId := .Values.runId | default .Release.Name -}}
+{{- $learners := list -}}
+{{- range $rank := until (int .Values.learners) -}}
+{{- $learners = append $learners (printf "tcp://%s-learner-%d.%s-learner:5555" $full $rank $full) -}}
+{{- end -}}
+{{- $wire := dict
+  "learner_endpoints" $learners
+  "learner_bind" "tcp://*:5555"
+  "paramserver_endpoint" (printf "tcp://%s-paramserver:5556" $full)
+  "paramserver_bind" "tcp://*:5556" -}}
+{{- if .Values.security.enabled -}}
+{{- $_ := set $wire "keys" "/etc/impala-keys" -}}
+{{- end -}}
+{{- $computed := dict
+  "run_id" $runId
+  "run_dir" (printf "/data/%s" $runId)
+  "wire" $wire
+  "ops" (dict "host" "0.0.0.0" "port" 9400) -}}
+{{- mergeOverwrite (deepCopy .Values.config) $computed | toJson -}}
+{{- end }}
