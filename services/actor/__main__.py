@@ -19,6 +19,7 @@ from services.ops.threads import limit_threads
 
 STOP_S = 5.0
 POLL_S = 0.25
+LAST_ROLLOUTS_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,16 +138,19 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             heartbeat=heartbeat,
             may_go_on=lambda: deals_alike(config, len(tasks), seat, weights.seat),
             stopping=lifecycle.stopping,
+            max_rollouts=config.actor.rollouts,
         )
         try:
             loop.run()
-            if not lifecycle.stopping.is_set():  # the next life takes the new seat's tasks
+            if loop.has_sent_all:
+                lifecycle.stop(f"{config.actor.rollouts} rollouts sent")
+            elif not lifecycle.stopping.is_set():  # the next life takes the new seat's tasks
                 lifecycle.stop(f"seat {weights.seat} instead of {seat}, with other tasks", 1)
         except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
             lifecycle.fail(error)
         for half in halves:
             half.env.close()
-        sender.close()
+        sender.close(LAST_ROLLOUTS_S if loop.has_sent_all else 0.0)
     puller.join(STOP_S)
     health.close()
     log.info("stopped", exit_code=lifecycle.exit_code)

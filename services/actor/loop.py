@@ -176,7 +176,7 @@ class Half:
 
 
 class ActorLoop:
-    """Runs until the pod stops, or may not go on."""
+    """Runs until the pod stops, may not go on, or has sent ``max_rollouts``."""
 
     def __init__(
         self,
@@ -192,6 +192,7 @@ class ActorLoop:
         heartbeat: Heartbeat,
         may_go_on: Callable[[], bool],
         stopping: threading.Event,
+        max_rollouts: int | None = None,
     ) -> None:
         self._halves = halves
         self._policy = policy
@@ -204,6 +205,7 @@ class ActorLoop:
         self._heartbeat = heartbeat
         self._may_go_on = may_go_on
         self._stopping = stopping
+        self._max_rollouts = max_rollouts
         self._sequence = 0
         self._seconds = {
             stage: metrics.seconds.labels(stage) for stage in ("env", "inference", "send_blocked", "weights")
@@ -228,7 +230,7 @@ class ActorLoop:
                 self._metrics.episodes.inc(half.record(transition))
                 self._metrics.env_steps.inc(half.env.num_envs)
                 if half.full:
-                    if not self._ship(half):
+                    if not self._ship(half) or self.has_sent_all:
                         return
                     half.begin_unroll()
                     if half is first:
@@ -238,6 +240,11 @@ class ActorLoop:
                 acting_s = time.perf_counter()
                 half.act(self._policy)
                 self._seconds["inference"].inc(time.perf_counter() - acting_s)
+
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether it has sent as many rollouts as it was to send; never if it has no end."""
+        return self._max_rollouts is not None and self._sequence >= self._max_rollouts
 
     def _refresh_weights(self) -> None:
         started_s = time.perf_counter()

@@ -36,6 +36,7 @@ ALIASES: Mapping[str, str] = {
     "device": "learner.device",
     "lstm": "network.lstm",
     "popart": "popart.enabled",
+    "rollouts": "actor.rollouts",
 }
 """Short spellings on the command line."""
 

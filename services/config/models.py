@@ -204,6 +204,8 @@ class ActorConfig(Section):
     """Of inference. `auto`: bfloat16 where the processor has instructions for it, else float32."""
     weights_interval_s: NonNegativeFloat = 0.05
     """Least time between two requests for newer weights; bounds the bandwidth per actor."""
+    rollouts: PositiveInt | None = None
+    """An actor that has sent so many ends with exit code 0, to try out a running system; null is never."""
 
 
 class LearnerConfig(Section):
@@ -221,8 +223,8 @@ class LearnerConfig(Section):
     learner stops reading and the actors wait: a longer queue only makes the rollouts older."""
     max_policy_lag: PositiveInt | None = None
     """Rollouts more than this many versions behind the learner are dropped and counted. null is 20 (more with
-    batches of fewer than 32 fresh rollouts), or twice what a large fleet may have under way, or with replay
-    what the memory holds, which is trained on at that age anyway: whichever is most."""
+    batches of fewer than 32 fresh rollouts), or twice what as many actors as hold seats may have under way, or
+    with replay what the memory holds, which is trained on at that age anyway: whichever is most."""
     max_nonfinite_updates: PositiveInt = 10
     """Consecutive updates with a non-finite gradient, each skipped, after which the learner gives up."""
     log_interval_s: Annotated[float, Field(gt=0, le=600)] = 5.0
@@ -286,6 +288,9 @@ class WireConfig(Section):
     """Rollout messages a learner's socket may hold per actor."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 256 * 2**20
     """Larger messages are refused before anything is allocated for them."""
+    keys: Path | None = None
+    """Directory of the keys by which peers know each other, made by `impala keygen`: `seed`, or `<role>.secret`
+    and the peers' `<role>.public`. All traffic is encrypted then, and who has no key is refused. null is neither."""
 
 
 class OpsConfig(Section):
@@ -319,7 +324,8 @@ class RunConfig(Section):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
     """B: rollouts per update of one learner."""
     actors: PositiveInt = 1
-    """Actor processes (or pods)."""
+    """Actor processes of `impala train`. In a cluster they come and go, and what depends on their number
+    counts those that hold seats."""
     env: EnvConfig = EnvConfig()
     tasks: tuple[
         Annotated[TaskConfig, BeforeValidator(_task, json_schema_input_type=str | TaskConfig)], ...
@@ -372,12 +378,11 @@ class RunConfig(Section):
         """How many updates one unroll of the whole fleet is worth: policy lag that no setting can avoid."""
         return math.ceil(self.actors * self.actor.num_envs / self._fresh_per_version)
 
-    @property
-    def max_policy_lag(self) -> int:
-        """Versions behind the learner at which a rollout is dropped."""
+    def max_policy_lag(self, actors: int) -> int:
+        """Versions behind the learner at which a rollout is dropped, while there are ``actors``."""
         if self.learner.max_policy_lag is not None:
             return self.learner.max_policy_lag
-        meanwhile = max(FRESH_ENOUGH_ROLLOUTS, 2 * self._most_rollouts_under_way)
+        meanwhile = max(FRESH_ENOUGH_ROLLOUTS, 2 * self._most_rollouts_under_way(actors))
         replayed = self.replay.capacity // self.steps_per_update if self.replay.ratio else 0
         return max(20, math.ceil(meanwhile / self._fresh_per_version), replayed)
 
@@ -386,14 +391,13 @@ class RunConfig(Section):
         """Rollouts that all learners together take from the actors for one update."""
         return self.fresh_per_update * len(self.wire.learner_endpoints)
 
-    @property
-    def _most_rollouts_under_way(self) -> int:
+    def _most_rollouts_under_way(self, actors: int) -> int:
         """Acted and not trained on, while the learners hold back the fleet: everything is full."""
         learners = len(self.wire.learner_endpoints)
         of_a_connection = self.wire.send_queue + self.wire.receive_queue + KERNEL_ROLLOUTS
         of_an_actor = 2 * self.actor.num_envs + learners * of_a_connection  # one is played, one waits
         of_a_learner = self.queue_capacity + 2 * self.fresh_per_update  # two batches are laid out
-        return self.actors * of_an_actor + learners * of_a_learner
+        return actors * of_an_actor + learners * of_a_learner
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> RunConfig:
@@ -411,9 +415,10 @@ class RunConfig(Section):
                 f"unroll_length x batch_size / (1 + replay.ratio) = {self.steps_per_update}"
             )
         in_flight = self.batches_in_flight
-        if self.max_policy_lag < in_flight:
+        max_policy_lag = self.max_policy_lag(self.actors)
+        if max_policy_lag < in_flight:
             raise ValueError(
-                f"learner.max_policy_lag = {self.max_policy_lag}: actors x actor.num_envs = "
+                f"learner.max_policy_lag = {max_policy_lag}: actors x actor.num_envs = "
                 f"{self.actors * self.actor.num_envs} environments finish {in_flight} batches of "
                 f"{self.fresh_per_update} in one unroll, so most rollouts would be dropped as stale; "
                 f"allowed is at least {in_flight}"

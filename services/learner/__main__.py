@@ -94,7 +94,6 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     metrics.generation.set(group.generation)
     metrics.world_size_configured.set(len(config.wire.learner_endpoints))
     metrics.queue_capacity.set(config.queue_capacity)
-    metrics.max_policy_lag.set(config.max_policy_lag)
     metrics.checkpoint_interval_seconds.set(config.checkpoint.interval_s)
     metrics.total_steps.set(config.total_steps)
     heartbeat = Heartbeat()
@@ -130,7 +129,12 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     )
 
     queue = RolloutQueue(config.queue_capacity)
-    freshness = Freshness(lambda: trainer.version, config.max_policy_lag)
+
+    def max_policy_lag() -> int:
+        return config.max_policy_lag(max(config.actors, publisher.num_actors))
+
+    freshness = Freshness(lambda: trainer.version, max_policy_lag)
+    metrics.max_policy_lag.set_function(max_policy_lag)
     # What is more than twice too large, libzmq refuses before it allocates; what is less, we count.
     most_bytes = message_bytes(schema)
     receiver = RolloutReceiver(config.wire.learner_bind, config.wire.receive_queue, 2 * most_bytes)

@@ -60,7 +60,7 @@ class RolloutQueue:
 class Freshness:
     """Whether a rollout may still be trained on, asked when it arrives and again when it is used."""
 
-    def __init__(self, current_version: Callable[[], int], max_policy_lag: int) -> None:
+    def __init__(self, current_version: Callable[[], int], max_policy_lag: Callable[[], int]) -> None:
         self._current_version = current_version
         self._max_policy_lag = max_policy_lag
 
@@ -70,7 +70,7 @@ class Freshness:
         Also ahead of us: then weights acted that the learner lost when it went back to a checkpoint.
         """
         version = self._current_version()
-        too_old = version + updates_ahead - rollout.policy_version > self._max_policy_lag
+        too_old = version + updates_ahead - rollout.policy_version > self._max_policy_lag()
         return too_old or rollout.policy_version > version
 
 

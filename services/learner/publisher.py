@@ -11,6 +11,7 @@ Between versions it keeps asking what the server holds, so a restarted server ge
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,9 @@ POLL_S = 0.1
 ANSWER_S = 2.0
 ANNOUNCE_S = 2.0
 """How often the server is asked what it holds when there is nothing new."""
+FEWER_ACTORS_S = 60.0
+"""For how long there must be fewer actors than before until we believe it: a restarted server knows none at
+first, and rollouts of actors that have gone are still under way."""
 
 _log = get_logger("publisher").limited(10.0)
 
@@ -112,6 +116,9 @@ class Publisher:
         self._edition: _Edition | None = None
         self.held_version = NO_VERSION
         """What the server held when it last answered."""
+        self.num_actors = 0
+        """That hold seats, lately."""
+        self._so_many_s = -math.inf
         self._confirmed: tuple[int, RunState] | None = None
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why nothing can be published, or None."""
@@ -181,12 +188,17 @@ class Publisher:
         answer = self._ask(requester, self._publish(edition, with_payload), time.monotonic() + ANSWER_S)
         if isinstance(answer, Published):
             self.trouble = None
+            self._count_actors(answer.num_seats, time.monotonic())
             with self._changed:
                 self.held_version = answer.version
                 if answer.version >= edition.version:
                     self._confirmed = (edition.version, edition.state)
                 self._changed.notify_all()
         return answer is not None
+
+    def _count_actors(self, num_actors: int, now_s: float) -> None:
+        if num_actors >= self.num_actors or now_s > self._so_many_s + FEWER_ACTORS_S:
+            self.num_actors, self._so_many_s = num_actors, now_s
 
     def _publish(self, edition: _Edition, with_payload: bool) -> Publish:
         return Publish(

@@ -210,6 +210,7 @@ class Server:
             run_id=self._run_id,
             server_incarnation=self._incarnation,
             version=self._store.snapshot.version,
+            num_seats=len(self._membership),
         )
 
     def _goodbye(self, peer: bytes, goodbye: Goodbye) -> list[Reply]:

@@ -169,7 +169,8 @@ def encode(message: Message) -> list[Buffer]:
             head = [message.run_id, _client(message.sender), message.state, message.version, message.steps]
             return _frames("publish", head, *_optional(message.payload))
         case Published():
-            return _frames("published", [message.run_id, message.server_incarnation, message.version])
+            head = [message.run_id, message.server_incarnation, message.version, message.num_seats]
+            return _frames("published", head)
         case Goodbye():
             return _frames("goodbye", [message.run_id, _client(message.sender)])
         case Refusal():
@@ -256,12 +257,13 @@ def decode(frames: Sequence[Buffer], expected: Expected) -> Message:
                 payload=_at_most_one(buffers),
             )
         case "published":
-            run_id, incarnation, version = _take(fields, 3)
+            run_id, incarnation, version, num_seats = _take(fields, 4)
             _no_buffers(buffers)
             return Published(
                 run_id=run_id,
                 server_incarnation=_integer(incarnation),
                 version=_integer(version, low=-1, high=MAX_COUNT),
+                num_seats=_integer(num_seats, high=MAX_COUNT),
             )
         case "goodbye":
             run_id, sender = _take(fields, 2)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Changes whenever an old peer would misread a new message. Checked before anything else in a message."""
 
 RunState = Literal["waiting", "training", "complete"]
@@ -134,6 +134,8 @@ class Published:
     run_id: str
     server_incarnation: int
     version: int
+    num_seats: int
+    """How many actors there are, which bounds how old a rollout may be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -244,7 +244,7 @@ def test_64_actors_get_64_seats_and_every_one_the_new_weights(
         actor.ask()
     payload = os.urandom(1 << 20)
     assert publish(server.endpoint, 0, payload) == Published(
-        run_id=RUN, server_incarnation=first[0].server_incarnation, version=0
+        run_id=RUN, server_incarnation=first[0].server_incarnation, version=0, num_seats=64
     )
     hear_all(crowd)
     while any(actor.version < 0 for actor in crowd):  # whose request had run out when it was published

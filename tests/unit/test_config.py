@@ -166,7 +166,7 @@ def test_flags_have_several_spellings(flags: list[str]) -> None:
 @pytest.mark.parametrize(("alias", "key"), ALIASES.items())
 def test_every_alias_is_its_key(alias: str, key: str) -> None:
     section, name = key.split(".")
-    value = {"str": "cuda", "float": "0.5", "int": "8", "bool": "true"}[
+    value = {"str": "cuda", "float": "0.5", "int": "8", "bool": "true", "NoneType": "8"}[
         type(getattr(getattr(load(), section), name)).__name__
     ]
     assert load(flags=[f"--{alias}", value]) == load(flags=[f"--{key}", value]) != load()
@@ -430,7 +430,13 @@ def test_importing_the_configuration_imports_nothing_heavy() -> None:
     ],
 )
 def test_no_rollout_is_stale_that_a_healthy_fleet_may_have_under_way(flags: list[str], limit: int) -> None:
-    assert load(flags=flags).max_policy_lag == limit
+    config = load(flags=flags)
+    assert config.max_policy_lag(config.actors) == limit
+
+
+def test_the_lag_bound_follows_the_fleet_unless_it_is_given() -> None:
+    assert load().max_policy_lag(actors=4) == load(flags=["--actors", "4"]).max_policy_lag(actors=4) == 41
+    assert load(flags=["--learner.max_policy_lag", "20"]).max_policy_lag(actors=256) == 20
 
 
 def test_derived_figures() -> None:

@@ -288,6 +288,18 @@ def test_a_loop_that_waits_for_a_learner_stops_when_told_and_counts_what_it_drop
     assert registry.get_sample_value("impala_actor_rollouts_dropped_total", {"reason": "stopping"}) == 2
 
 
+@pytest.mark.parametrize(("max_rollouts", "sent"), [(1, 3), (3, 3), (4, 6)])
+def test_a_loop_with_an_end_ends_with_the_unroll_that_reaches_it(max_rollouts: int, sent: int) -> None:
+    stopping = threading.Event()
+    half = Half(ScriptedEnv(SPEC, [endless()] * 3), SPEC, 2, ACTIONS.num_outputs, seed=1)
+    outbox = Outbox(100, stopping)
+    loop = actor_loop([half], policy_of(), outbox, stopping, max_rollouts=max_rollouts)
+    loop.run()
+    assert len(outbox.messages) == sent
+    assert loop.has_sent_all
+    assert not stopping.is_set()
+
+
 def test_a_learner_that_has_room_again_gets_the_very_rollout_that_waited() -> None:
     stopping = threading.Event()
 

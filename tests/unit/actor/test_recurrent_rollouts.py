@@ -111,7 +111,7 @@ def batches_of(messages: Sequence[list[Buffer]], talks: bool) -> list[Batch]:
     """One batch per unroll."""
     stopping, metrics = threading.Event(), LearnerMetrics(CollectorRegistry())
     schema = rollout_schema(SPEC, ACTIONS, T, NETWORK.model_copy(update={"instructions": talks}))
-    rollouts, freshness = RolloutQueue(len(messages)), Freshness(lambda: 1000, max_policy_lag=1000)
+    rollouts, freshness = RolloutQueue(len(messages)), Freshness(lambda: 1000, lambda: 1000)
     intake = Intake(
         receiver=cast(RolloutReceiver, None),
         expected=Expected(run_id=RUN, max_message_bytes=LIMIT, schema=schema),

@@ -82,7 +82,7 @@ def trained(seat: int, num_tasks: int = len(TASKS)) -> Learner:
     stopping = threading.Event()
     learner = Learner(batches=[], episodes=Episodes(["short", "long"]), counts=Counts())
     schema = rollout_schema(SPEC, ACTIONS, T)
-    rollouts, freshness = RolloutQueue(1000), Freshness(lambda: 0, max_policy_lag=1)
+    rollouts, freshness = RolloutQueue(1000), Freshness(lambda: 0, lambda: 1)
     intake = Intake(
         receiver=cast(RolloutReceiver, None),
         expected=Expected(

@@ -46,7 +46,7 @@ class Scene:
             schema=schema or SCHEMA,
             batch_size=batch_size,
             pinned=False,
-            freshness=Freshness(lambda: self.version, max_policy_lag),
+            freshness=Freshness(lambda: self.version, lambda: max_policy_lag),
             refuse=self.refused.append,
             metrics=self.counts.metrics,
             stopping=self.stopping,

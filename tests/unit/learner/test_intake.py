@@ -66,7 +66,7 @@ class Scene:
         self.episodes: list[tuple[int, Episode]] = []
         """With the task of each."""
         self.stopping = threading.Event()
-        self.freshness = Freshness(lambda: self.version, max_policy_lag)
+        self.freshness = Freshness(lambda: self.version, lambda: max_policy_lag)
         self.intake = self.make(count_gaps=True)
 
     def make(self, *, count_gaps: bool) -> Intake:

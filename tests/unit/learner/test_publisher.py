@@ -59,9 +59,9 @@ class Scene:
         self.train(version)
         return self.publisher.offer(version, version * 640, state, wait_s)
 
-    def hold(self, version: int) -> None:
+    def hold(self, version: int, num_seats: int = 0) -> None:
         """The server says what it holds."""
-        self.server.answer(Published(run_id=RUN, server_incarnation=1, version=version))
+        self.server.answer(Published(run_id=RUN, server_incarnation=1, version=version, num_seats=num_seats))
 
     def stop(self) -> None:
         self.stopping.set()
@@ -445,3 +445,25 @@ def test_the_copy_from_a_gpu_holds_the_weights_of_the_moment_it_was_started() ->
         copier.start()
         network.weight.data.fill_(-1.0)
         assert safetensors.torch.load(copier.finish())["weight"].unique().tolist() == [number]
+
+
+# --- how many actors there are ---------------------------------------------------------------------
+
+
+def test_more_actors_are_believed_at_once_and_fewer_only_after_a_while(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(num_seats: int) -> int:
+        """How many actors the publisher counts once it has the answer to its next announcement."""
+        scene.server.next(Publish)
+        scene.hold(version=1, num_seats=num_seats)
+        scene.server.next(Publish)  # which it only sends after it has read the answer
+        scene.hold(version=1, num_seats=num_seats)
+        return scene.publisher.num_actors
+
+    scene.offer(1)
+    assert told(200) == 200
+    assert told(3) == 200  # the server has just been restarted, say
+    assert told(256) == 256
+    monkeypatch.setattr(publisher_module, "FEWER_ACTORS_S", 0.0)
+    assert told(4) == 4

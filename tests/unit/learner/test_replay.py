@@ -116,7 +116,7 @@ class Scene:
             schema=SCHEMA,
             batch_size=batch_size,
             pinned=False,
-            freshness=Freshness(lambda: self.version, max_policy_lag=20),
+            freshness=Freshness(lambda: self.version, lambda: 20),
             refuse=self.refused.append,
             metrics=self.counts.metrics,
             stopping=self.stopping,

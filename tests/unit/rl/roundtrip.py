@@ -231,6 +231,7 @@ def actor_loop(
     weights: object | None = None,
     metrics: ActorMetrics | None = None,
     may_go_on: Callable[[], bool] = lambda: True,
+    max_rollouts: int | None = None,
 ) -> ActorLoop:
     """The real loop around hand-written neighbours."""
     return ActorLoop(
@@ -245,6 +246,7 @@ def actor_loop(
         heartbeat=Heartbeat(),
         may_go_on=may_go_on,
         stopping=stopping,
+        max_rollouts=max_rollouts,
     )
 
 
@@ -287,7 +289,7 @@ class LearnerEnd:
         stopping = threading.Event()
         metrics = LearnerMetrics(CollectorRegistry())
         rollouts = RolloutQueue(len(messages))
-        freshness = Freshness(lambda: 0, max_policy_lag=1)
+        freshness = Freshness(lambda: 0, lambda: 1)
         intake = Intake(
             receiver=cast(RolloutReceiver, None),
             expected=self._expected,

@@ -91,7 +91,7 @@ def messages() -> list[Message]:
         ),
         publish,
         Publish(run_id="run", sender=CLIENT, state="training", version=3, steps=640, payload=None),
-        Published(run_id="run", server_incarnation=5, version=-1),
+        Published(run_id="run", server_incarnation=5, version=-1, num_seats=3),
         Goodbye(run_id="run", sender=CLIENT),
         Refusal(reason="protocol", text="the peer speaks another protocol"),
     ]

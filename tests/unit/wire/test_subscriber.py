@@ -299,8 +299,8 @@ def _babble() -> dict[str, list[Buffer]]:
     return {
         "empty": [b""],
         "not msgpack": [b"\xc1\xc1\xc1"],
-        "another kind": encode(Published(run_id=RUN, server_incarnation=1, version=1)),
-        "another run": encode(Published(run_id="other", server_incarnation=1, version=1)),
+        "another kind": encode(Published(run_id=RUN, server_incarnation=1, version=1, num_seats=3)),
+        "another run": encode(Published(run_id="other", server_incarnation=1, version=1, num_seats=3)),
         "not acceptable": weights(b"something else"),
         "nothing": weights(b""),
     }
