@@ -223,8 +223,8 @@ class LearnerConfig(Section):
     learner stops reading and the actors wait: a longer queue only makes the rollouts older."""
     max_policy_lag: PositiveInt | None = None
     """Rollouts more than this many versions behind the learner are dropped and counted. null is 20 (more with
-    batches of fewer than 32 fresh rollouts), or twice what as many actors as hold seats may have under way, or
-    with replay what the memory holds, which is trained on at that age anyway: whichever is most."""
+    batches of fewer than 32 fresh rollouts), or twice what as many actors as hold seats may have under way,
+    or with replay what the memory holds, which is trained on at that age anyway: whichever is most."""
     max_nonfinite_updates: PositiveInt = 10
     """Consecutive updates with a non-finite gradient, each skipped, after which the learner gives up."""
     log_interval_s: Annotated[float, Field(gt=0, le=600)] = 5.0
