@@ -24,6 +24,9 @@ SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0,
 INVALID_REASONS = ("malformed", "protocol", "run", "oversized", "schema", "corrupt")
 """Why a message is refused; the same words as ``wire.codec.WireError.reason``."""
 
+AUTH_FAILURES = ("unknown_key", "handshake")
+"""Why a connection is refused; the same words as ``wire.security.Refused``."""
+
 SUITE_LABELS: Mapping[str, tuple[str, str]] = {
     "mean": ("mean", "false"),
     "median": ("median", "false"),
@@ -169,6 +172,7 @@ class LearnerMetrics:
             "impala_training_complete", "1 once all steps are trained and saved", registry=registry
         )
         self.total_steps = Gauge("impala_total_steps", "Agent steps this run trains for", registry=registry)
+        self.auth_failures = _auth_failures(registry)
 
         self.policy_version.set(-1)
         for term in ("policy", "baseline", "entropy", "total"):
@@ -240,10 +244,11 @@ class ParamserverMetrics:
         self.snapshot_failures = Counter(
             "impala_paramserver_snapshot_failures", "Snapshots that could not be written", registry=registry
         )
+        self.auth_failures = _auth_failures(registry)
 
         self.version.set(-1)
         _start_at_zero(self.pulls, "full", "not_modified")
-        _start_at_zero(self.refused_requests, *INVALID_REASONS, "relay", "stale", "internal")
+        _start_at_zero(self.refused_requests, *INVALID_REASONS, "relay", "role", "stale", "internal")
 
 
 class EvaluatorMetrics:
@@ -321,6 +326,18 @@ def _describe_process(registry: CollectorRegistry, role: str) -> None:
     build_info.labels(version=installed, role=role).set(1)
     ProcessCollector(registry=registry)
     ThrottlingCollector(registry)
+
+
+def _auth_failures(registry: CollectorRegistry) -> Counter:
+    """Of whoever listens."""
+    counter = Counter(
+        "impala_auth_failures",
+        "Connections refused: a key that is not known, or no end of the handshake",
+        ["reason"],
+        registry=registry,
+    )
+    _start_at_zero(counter, *AUTH_FAILURES)
+    return counter
 
 
 def _start_at_zero(metric: Counter | Histogram, *label_values: str) -> None:
