@@ -190,7 +190,7 @@ def config_schema() -> tuple[Schema, Schema]:
         section = schema
         for parent in parents:
             section = definitions[section["properties"][parent]["$ref"].rpartition("/")[2]]
-        section["properties"].pop(name, None)
+        section["properties"].pop(name)  # a KeyError: there is no such key any more
     for section in (schema, *definitions.values()):
         section.pop("title", None)
         for knob in section["properties"].values():
