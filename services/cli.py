@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 PODS = ("actor", "learner", "paramserver", "evaluator")
+CLUSTER = ("status", "wait", "metrics")
 
 USAGE = """\
 usage: impala <command> [flags]
@@ -31,6 +32,9 @@ usage: impala <command> [flags]
   learner       run one learner
   paramserver   run the parameter server
   evaluator     run one evaluator, which plays whole episodes with the newest weights of a run
+  status        show a release on Kubernetes: pods, speed, versions, returns
+  wait          block until the training of a release is complete, or its pods are ready
+  metrics       check that pods answer, each as what it should be
 
 `impala <command> --help` says more. `impala --version` prints the version.
 """
@@ -91,6 +95,8 @@ the ones before it. The key learner.queue_capacity, for example, is
   in the shell     IMPALA__LEARNER__QUEUE_CAPACITY=64
   as a flag        --learner.queue_capacity 64
 """
+
+USAGES = {"train": TRAIN_USAGE, "evaluate": EVALUATE_USAGE}
 
 OWN_FLAGS = {
     "train": ("--config", "--run-dir", "--resume", "--plain"),
@@ -154,21 +160,21 @@ def _dispatch(arguments: list[str]) -> int:
         print(USAGE, end="")
     elif command == "--version":
         print(f"impala {_version()}")
+    elif wants_help and command in USAGES:
+        print(USAGES[command], end="")
     elif command == "train":
-        if wants_help:
-            print(TRAIN_USAGE, end="")
-        else:
-            return _train(flags)
+        return _train(flags)
     elif command == "evaluate":
-        if wants_help:
-            print(EVALUATE_USAGE, end="")
-        else:
-            return _evaluate(flags)
+        return _evaluate(flags)
     elif command == "config":
         if wants_help:
             _explain_config()
         else:
             _show_config(flags)
+    elif command in CLUSTER:
+        from services.cluster import commands
+
+        return commands.main(command, flags)
     elif command in PODS:
         if wants_help:
             from services.ops.pod import parser_of
@@ -177,7 +183,7 @@ def _dispatch(arguments: list[str]) -> int:
         else:
             return int(importlib.import_module(f"services.{command}.__main__").main(flags))
     else:
-        known = ["train", "evaluate", "config", *PODS]
+        known = ["train", "evaluate", "config", *PODS, *CLUSTER]
         close = difflib.get_close_matches(command, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
         raise ConfigError(f"unknown command {command!r}; {hint}")

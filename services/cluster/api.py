@@ -1,7 +1,7 @@
 """The only file that speaks to Kubernetes, through its Python client; others have ``objects.Cluster``.
 
 The client reads kubeconfig with all that may stand in it (certificates, tokens, plugins of cloud providers)
-and makes the requests. Metrics come through the API server's proxy, so that nothing but a kubeconfig is needed.
+and makes the requests. Metrics come through the API server's proxy, so that a kubeconfig is all one needs.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def connect(context: str | None = None, namespace: str | None = None) -> Cluster
         chosen = next((each for each in contexts if each["name"] == context), active)
         config.load_kube_config(context=context, client_configuration=settings)
     except config.ConfigException as error:
-        where = Path(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION)
-        raise ClusterError(
-            f"kubeconfig {where}: {' '.join(str(error).split())}; KUBECONFIG names another file"
-        ) from None
+        where = Path(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).expanduser()
+        if not where.exists():
+            raise ClusterError(
+                f"no kubeconfig: {where} is not there; KUBECONFIG names another file"
+            ) from None
+        raise ClusterError(f"kubeconfig {where}: {' '.join(str(error).split())}") from None
     except (
         OSError,
         TypeError,

@@ -40,7 +40,7 @@ def render(snapshot: Snapshot, width: int) -> RenderableType:
     title = Text.assemble(" IMPALA ", (" ", ""), (snapshot.run.env_id, "bold"), " ")
     footer = Text(f" {snapshot.run.run_dir} ", style="dim")
     return Panel(
-        Group(_progress_line(snapshot, inner), Text(), rows),
+        Group(progress_line(snapshot, inner), Text(), rows),
         title=title,
         title_align="left",
         subtitle=footer,
@@ -52,7 +52,8 @@ def render(snapshot: Snapshot, width: int) -> RenderableType:
     )
 
 
-def _progress_line(snapshot: Snapshot, width: int) -> RenderableType:
+def progress_line(snapshot: Snapshot, width: int) -> RenderableType:
+    """How far it is, and how long it will take."""
     line = Table.grid(expand=True, padding=(0, 1))
     line.add_column(ratio=1)
     line.add_column(justify="right", no_wrap=True)
@@ -92,7 +93,7 @@ def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
                 (duration(snapshot.elapsed_s), "elapsed"),
             ),
         ),
-        ("return", _return_line(snapshot, width)),
+        ("return", return_line(snapshot, width)),
         *task_rows(snapshot, width),
         (
             "learner",
@@ -140,7 +141,8 @@ def _saved(snapshot: Snapshot) -> Text:
     return columns((duration(snapshot.checkpoint_age_s), "ago"))
 
 
-def _return_line(snapshot: Snapshot, width: int) -> Text:
+def return_line(snapshot: Snapshot, width: int) -> Text:
+    """The return, and its course as far as there is room."""
     if snapshot.episode_return is None:
         return Text("no episode yet", style="dim")
     line = Text(f"{figure(snapshot.episode_return):>9}", style="bold")

@@ -1,7 +1,7 @@
-"""Reads the metrics of pods on this machine, as Prometheus would: the other end of ``health``.
+"""Reads the metrics of pods, as Prometheus would: the other end of ``health``.
 
-Every pod has a thread of its own here and every request a timeout, so that a frozen pod freezes nothing.
-What comes out are ``Scrape`` values; ``figures`` makes sense of them.
+Every pod of a local run has a thread of its own here and every request a timeout, so that a frozen pod
+freezes nothing. What comes out are ``Scrape`` values; ``figures`` makes sense of them.
 """
 
 from __future__ import annotations
@@ -77,18 +77,33 @@ class Scraper:
             self._closed.wait(self._interval_s)
 
 
+class NoMetricsError(Exception):
+    """Nobody there, or frozen, or no pod at all: which, in a few words."""
+
+
 def fetch(port: int, timeout_s: float = TIMEOUT_S, path: str = "/metrics") -> dict[str, float] | None:
-    """Series -> value of the pod at ``port``; None if it is not there (yet), or frozen, or no pod at all."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    """Series -> value of the pod at ``port`` of this machine; None if there are none (yet)."""
+    try:
+        return parse_metrics(read_metrics("127.0.0.1", port, timeout_s, path))
+    except NoMetricsError:
+        return None
+
+
+def read_metrics(host: str, port: int, timeout_s: float = TIMEOUT_S, path: str = "/metrics") -> str:
+    """The text that a pod answers. NoMetricsError."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
         body = response.read(MAX_SCRAPE_BYTES)
-        return parse_metrics(body.decode(errors="replace")) if response.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise NoMetricsError(f"no answer ({reason})") from None
     finally:
         connection.close()
+    if response.status != 200:
+        raise NoMetricsError(f"HTTP status {response.status}")
+    return body.decode(errors="replace")
 
 
 class Increase(Protocol):

@@ -59,13 +59,11 @@ Complaint = Callable[[Sequence[str]], str]
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0
     output = capsys.readouterr().out
-    for command in ("train", "evaluate", "config", "actor", "learner", "paramserver", "evaluator"):
+    for command in ("train", "evaluate", "config", *cli.PODS, *cli.CLUSTER):
         assert f"\n  {command} " in output
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "evaluate", "config", "actor", "learner", "paramserver", "evaluator"]
-)
+@pytest.mark.parametrize("command", ["train", "evaluate", "config", *cli.PODS, *cli.CLUSTER])
 def test_every_command_has_help_that_fits_a_terminal(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,12 +90,22 @@ def test_help_on_the_configuration_lists_every_key_alias_and_preset(
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], ["train", "--help"], ["evaluate", "--help"], ["config"], ["actor", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["config"],
+        ["actor", "--help"],
+        ["status", "--help"],
+        ["metrics", "--help"],
+    ],
 )
 def test_commands_that_only_tell_import_nothing_heavy(argv: list[str]) -> None:
     program = (
         "import sys; from services import cli; cli.main(sys.argv[1:]); "
-        "heavy = [m for m in ('torch', 'zmq', 'numpy', 'gymnasium', 'rich') if m in sys.modules]; "
+        "names = ('torch', 'zmq', 'numpy', 'gymnasium', 'rich', 'kubernetes'); "
+        "heavy = [name for name in names if name in sys.modules]; "
         "sys.exit(str(heavy) if heavy else 0)"
     )
     result = subprocess.run(
@@ -224,13 +232,16 @@ def test_modules_where_the_user_is_are_found_after_all_others(
 # ------------------------------------------------------------------------------------------ mistakes
 
 
+OTHERS = ", ".join([*cli.PODS, *cli.CLUSTER])
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
         (["trian"], "impala: unknown command 'trian'; did you mean train?\n"),
         (
             ["xyz"],
-            f"impala: unknown command 'xyz'; allowed are train, evaluate, config, {', '.join(cli.PODS)}\n",
+            f"impala: unknown command 'xyz'; allowed are train, evaluate, config, {OTHERS}\n",
         ),
         (["train", "--batch_szie", "3"], "impala: --batch_szie: unknown key; did you mean batch_size?\n"),
         (["train", "--resum", "x"], "impala: --resum: unknown flag; did you mean --resume?\n"),

@@ -1,0 +1,127 @@
+"""Looks at a release again and again: its pods, its workloads, and what those pods say of themselves.
+
+``overview`` comes after it. However many actors there are, at most ``SAMPLE`` of them are asked, always the
+same ones as long as they live, because rates need two answers of one pod.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+from services.cluster.objects import ROLES, Cluster, Pod, PodSilentError, Workload
+from services.ops.figures import History
+from services.ops.scrape import Increase, Scrape, increases, parse_metrics
+
+SAMPLE = 16
+"""Of each role's pods."""
+NUM_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one pod says, and what it said some time ago."""
+
+    before: Scrape | None
+    now: Scrape
+
+    @property
+    def increase(self) -> Increase:
+        """Of its counters, in between."""
+        return increases(self.before, self.now)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """A release at one moment."""
+
+    namespace: str
+    release: str
+    workloads: tuple[Workload, ...]
+    pods: tuple[Pod, ...]
+    readings: Mapping[str, Reading]
+    """By name, of the pods that have answered this time."""
+    silent: Mapping[str, str]
+    """By name, why a pod that was asked has not."""
+    learner: Reading | None
+    """The first learner's, from when it last answered."""
+    returns: tuple[float, ...]
+    """Their course since the first look."""
+    unix_time_s: float
+
+
+class Observer:
+    """Holds a small pool of threads until it is closed."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        release: str,
+        *,
+        roles: Sequence[str] = ROLES,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``roles`` are those whose metrics are wanted."""
+        self._cluster = cluster
+        self._release = release
+        self._roles = tuple(roles)
+        self._clock = clock
+        self._unix_clock = unix_clock
+        self._histories: dict[str, History] = {}
+        self._learner = History()
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="observe")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def look(self) -> Look:
+        """ClusterError if the cluster does not tell; a pod that does not is only named."""
+        pods = tuple(self._cluster.pods(self._release))
+        workloads = tuple(self._cluster.workloads(self._release))
+        asked = [pod for role in self._roles for pod in _sample(pods, role)]
+        answers = list(self._threads.map(self._ask, asked))
+        self._histories = {pod.name: self._histories.get(pod.name, History()) for pod in asked}
+        readings, silent = {}, {}
+        for pod, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, str):
+                silent[pod.name] = answer
+                continue
+            history = self._histories[pod.name]
+            history.add(answer)
+            readings[pod.name] = Reading(before=history.before, now=answer)
+        first = next((pod for pod in pods if pod.role == "learner" and pod.name in readings), None)
+        if first is not None:
+            self._learner.add(readings[first.name].now)
+        return Look(
+            namespace=self._cluster.namespace,
+            release=self._release,
+            workloads=workloads,
+            pods=pods,
+            readings=readings,
+            silent=silent,
+            learner=Reading(before=self._learner.before, now=self._learner.now)
+            if self._learner.now
+            else None,
+            returns=self._learner.returns,
+            unix_time_s=self._unix_clock(),
+        )
+
+    def _ask(self, pod: Pod) -> Scrape | str:
+        try:
+            samples = parse_metrics(self._cluster.metrics(pod))
+        except PodSilentError as error:
+            return str(error)
+        return Scrape(time_s=self._clock(), samples=samples)
+
+
+def _sample(pods: Sequence[Pod], role: str) -> list[Pod]:
+    """Ready ones first."""
+    running = [pod for pod in pods if pod.role == role and pod.is_running]
+    return sorted(running, key=lambda pod: (not pod.is_ready, pod.name))[:SAMPLE]

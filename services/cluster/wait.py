@@ -1,0 +1,137 @@
+"""``impala wait``: blocks until a release is ready or its training complete, or there is no hope for either.
+
+A learner that restarts and a cluster that is away for a while are waited for. Exit codes: 0 done, 1 the time
+is over or there is nothing to wait for any more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from services.cluster.manifests import describe
+from services.cluster.objects import Cluster, Exit, Pod, UnreachableError
+from services.cluster.observer import Look, Observer
+from services.cluster.overview import Overview, overview
+from services.cluster.releases import find_release
+from services.ops.logging import EventLogger
+from services.ops.pod import BAD_CONFIG, DIVERGED
+
+Goal = Literal["complete", "ready"]
+
+INTERVAL_S = 2.0
+TELL_INTERVAL_S = 30.0
+LOOP_RESTARTS = 3
+"""A pod that has been started this often, and waits for its next start, is in a loop."""
+HOPELESS = {BAD_CONFIG: "has a wrong configuration", DIVERGED: "has diverged"}
+"""Exit codes of a learner whose next start would change nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Of the command."""
+
+    release: str | None = None
+    goal: Goal = "complete"
+    timeout_s: float | None = None
+
+
+def wait(
+    cluster: Cluster,
+    options: Options,
+    log: EventLogger,
+    *,
+    pause: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Returns the exit code; ClusterError for what the user can mend."""
+    release = find_release(cluster, options.release)
+    began_s = clock()
+    told_s: float | None = None
+    missing = "the cluster has not told anything yet"
+    with Observer(cluster, release, roles=("learner",), clock=clock) as observer:
+        while True:
+            try:
+                look = observer.look()
+            except UnreachableError as error:
+                missing = str(error)
+                fields: dict[str, object] = {"reason": missing}
+            else:
+                seen = overview(look)
+                if is_done(options.goal, seen):
+                    log.info(options.goal, release=release, **progress_fields(seen))
+                    return 0
+                hopeless = why_hopeless(look, cluster)
+                if hopeless is not None:
+                    log.error("given_up", release=release, reason=hopeless)
+                    return 1
+                missing = what_is_missing(options.goal, seen)
+                fields = {**progress_fields(seen), "missing": missing}
+            now_s = clock()
+            left_s = None if options.timeout_s is None else began_s + options.timeout_s - now_s
+            if left_s is not None and left_s <= 0:
+                log.error("timeout", release=release, timeout_s=options.timeout_s, missing=missing)
+                return 1
+            if told_s is None or now_s - told_s >= TELL_INTERVAL_S:
+                log.info("waiting", **fields)
+                told_s = now_s
+            pause(INTERVAL_S if left_s is None else min(INTERVAL_S, left_s))
+
+
+def is_done(goal: Goal, seen: Overview) -> bool:
+    """Whether there is nothing left to wait for."""
+    return seen.state == "complete" if goal == "complete" else seen.is_ready
+
+
+def what_is_missing(goal: Goal, seen: Overview) -> str:
+    """In a few words, pods first."""
+    if seen.troubles:
+        worst = seen.troubles[0]
+        return f"{worst.count} {worst.role}: {worst.reason}"
+    if goal == "complete" and seen.training is not None:
+        steps, total = seen.training.steps or 0, seen.training.run.total_steps
+        return f"{max(0, total - steps):,} of {total:,} steps" if steps < total else "the last checkpoint"
+    late = [role for role in seen.roles if role.ready < role.desired or not role.is_settled]
+    return (
+        ", ".join(f"{role.role} {role.ready} of {role.desired} ready" for role in late)
+        or "an answering learner"
+    )
+
+
+def why_hopeless(look: Look, cluster: Cluster) -> str | None:
+    """None while waiting makes sense."""
+    if not look.workloads:
+        return "the release is gone"
+    for pod in look.pods:
+        ended = pod.last_exit
+        if pod.role != "learner" or pod.is_running or pod.is_ready or ended is None:
+            continue
+        looping = pod.is_backing_off and pod.restarts >= LOOP_RESTARTS
+        if ended.code in HOPELESS or looping:
+            what = HOPELESS.get(ended.code, f"ends again and again ({pod.restarts} restarts)")
+            return f"{pod.name} {what}: {describe(_with_last_words(pod, cluster))}"
+    return None
+
+
+def progress_fields(seen: Overview) -> dict[str, object]:
+    """Of a line that is read from time to time."""
+    training = seen.training
+    fields: dict[str, object] = {
+        "ready": " ".join(f"{each.role}={each.ready}/{each.desired}" for each in seen.roles)
+    }
+    if training is not None:
+        fields |= {
+            "steps": training.steps,
+            "total_steps": training.run.total_steps,
+            "episode_return": training.episode_return,
+            "steps_per_s": None if training.steps_per_s is None else round(training.steps_per_s),
+            "eta_s": None if training.eta_s is None else round(training.eta_s),
+        }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _with_last_words(pod: Pod, cluster: Cluster) -> Exit:
+    assert pod.last_exit is not None
+    return replace(pod.last_exit, message=pod.last_exit.message or cluster.last_log_line(pod) or "")
