@@ -17,13 +17,23 @@ train: .venv/.installed ## train on this machine: parameter server, learner and 
 	$(BIN)/impala train $(ARGS)
 
 test: .venv/.installed ## run the tests
-	$(BIN)/pytest $(if $(ARGS),$(ARGS),tests)
+	$(BIN)/pytest -m 'not cluster' $(if $(ARGS),$(ARGS),tests)
 
-check: .venv/.installed ## lint, formatting, types, import rules
+check: .venv/.installed ## lint, formatting, types, import rules, chart
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy services tests benchmarks
+	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python helm/generate.py --check
+	@if command -v helm >/dev/null; then helm lint --strict --quiet helm; \
+	else echo 'make check: helm is not installed, the chart was not linted' >&2; test -z "$$CI"; fi
+
+chart: .venv/.installed ## write the chart's values.schema.json and the table of values in its README
+	$(BIN)/python helm/generate.py
+
+cluster-test: .venv/.installed ## run the tests against the cluster of KUBECONFIG, with the images of `make image`
+	@test -n "$$KUBECONFIG" || { echo 'make cluster-test: KUBECONFIG names no cluster' >&2; exit 1; }
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),tests/cluster)
 
 bench: .venv/.installed ## measure
 	$(BIN)/python -m benchmarks $(ARGS)
