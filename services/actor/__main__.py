@@ -41,12 +41,14 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     from services.rl.tasks import Deal, deal, tasks_of, tasks_spec
     from services.wire import codec
     from services.wire.messages import Client
+    from services.wire.security import load_keys
     from services.wire.sockets import Requester, RolloutSender
     from services.wire.subscriber import Subscriber
 
     torch.set_num_threads(config.actor.inference_threads)
     torch.set_num_interop_threads(1)
     log = logging.get_logger("main")
+    keys = load_keys(config.wire.keys, "actor")
     tasks = tasks_of(config)
     spec = tasks_spec(tasks)
     actions = Discrete(spec.num_actions)
@@ -58,7 +60,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     client = Client(client_id=actor_id, incarnation=time.time_ns())
     expected = codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes)
     weights = Subscriber(
-        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
+        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes, keys),
         client=client,
         expected=expected,
         decode=partial(decode_weights, network),
@@ -124,7 +126,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             policy_version=policy.version,
         )
         sender = RolloutSender(
-            config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes
+            config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes, keys
         )
         loop = ActorLoop(
             halves=halves,

@@ -289,8 +289,9 @@ class WireConfig(Section):
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 256 * 2**20
     """Larger messages are refused before anything is allocated for them."""
     keys: Path | None = None
-    """Directory of the keys by which peers know each other, made by `impala keygen`: `seed`, or `<role>.secret`
-    and the peers' `<role>.public`. All traffic is encrypted then, and who has no key is refused. null is neither."""
+    """Directory of the keys by which peers know each other, made by `impala keygen`: `seed`, or the own
+    `<role>.secret` and the peers' `<role>.public`. With them all that crosses these addresses is encrypted, and
+    whoever has no key is refused."""
 
 
 class OpsConfig(Section):

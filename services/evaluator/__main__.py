@@ -42,12 +42,14 @@ def run(config: RunConfig, evaluator_id: str, lifecycle: Lifecycle) -> int:
     from services.rl.policy import decode_weights
     from services.wire import codec
     from services.wire.messages import Client
+    from services.wire.security import load_keys
     from services.wire.sockets import Requester
     from services.wire.subscriber import Subscriber
 
     torch.set_num_threads(config.actor.inference_threads)
     torch.set_num_interop_threads(1)
     log = logging.get_logger("main")
+    keys = load_keys(config.wire.keys, "evaluator")
     registry = CollectorRegistry()
     metrics = EvaluatorMetrics(registry)
     heartbeat = Heartbeat()
@@ -58,7 +60,7 @@ def run(config: RunConfig, evaluator_id: str, lifecycle: Lifecycle) -> int:
 
     games = Games(config, build)
     weights = Subscriber(
-        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
+        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes, keys),
         client=Client(client_id=evaluator_id, incarnation=time.time_ns()),
         expected=codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes),
         decode=partial(decode_weights, games.network),

@@ -63,9 +63,11 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     from services.rl.tasks import tasks_of, tasks_spec
     from services.wire import codec
     from services.wire.messages import Client, RunState
+    from services.wire.security import Doorkeeper, load_keys
     from services.wire.sockets import Requester, RolloutReceiver
 
     log = logging.get_logger("main")
+    keys = load_keys(config.wire.keys, "learner")
     torch.set_num_threads(num_threads)
     torch.manual_seed(config.seed)
     device = resolve_device(config.learner.device)
@@ -103,7 +105,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     restored = checkpoints.latest(partial(restore, config, trainer, episodes))
     client = Client(client_id=learner_id, incarnation=time.time_ns())
     publisher = Publisher(
-        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes),
+        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes, keys),
         client=client,
         expected=codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes),
         copier=WeightsCopier(trainer.network),
@@ -137,7 +139,9 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     metrics.max_policy_lag.set_function(max_policy_lag)
     # What is more than twice too large, libzmq refuses before it allocates; what is less, we count.
     most_bytes = message_bytes(schema)
-    receiver = RolloutReceiver(config.wire.learner_bind, config.wire.receive_queue, 2 * most_bytes)
+    door = Doorkeeper(keys, lambda reason: metrics.auth_failures.labels(reason).inc())
+    receiver = RolloutReceiver(config.wire.learner_bind, config.wire.receive_queue, 2 * most_bytes, door)
+    guarding = lifecycle.thread("doorkeeper", partial(door.run, lifecycle.stopping))
     rollouts = codec.Expected(
         run_id=config.run_id,
         max_message_bytes=most_bytes,
@@ -177,6 +181,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         lambda: publisher.trouble,
     )
     threads = [
+        guarding,
         lifecycle.thread("intake", intake.run),
         lifecycle.thread("batcher", batcher.run),
     ]
@@ -217,6 +222,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     for thread in [*threads, publishing]:
         thread.join(STOP_S)
     receiver.close()
+    door.close()
     health.close()
     log.info("stopped", exit_code=lifecycle.exit_code, steps=trainer.steps, policy_version=trainer.version)
     return lifecycle.exit_code

@@ -213,7 +213,7 @@ class Publisher:
     def _ask(self, requester: Requester, request: Message, deadline_s: float) -> Message | None:
         while not requester.send(codec.encode(request), POLL_S):
             if time.monotonic() > deadline_s or self._stopping.is_set():
-                self._trouble("parameter server not reachable")
+                self._trouble(requester.trouble or "parameter server not reachable")
                 return None
         while not self._stopping.is_set():
             frames = requester.receive(POLL_S)

@@ -27,8 +27,10 @@ from services.paramserver.relay import Relay
 from services.paramserver.server import Server
 from services.paramserver.store import EMPTY, Snapshot, SnapshotError, SnapshotWriter, Store
 from services.wire.messages import Client
+from services.wire.security import Doorkeeper, Keys, load_keys
 from services.wire.sockets import Replier, Requester
 
+STOP_S = 2.0
 LAST_SNAPSHOT_S = 5.0
 """How long the end of the process waits for a slow disk."""
 
@@ -43,8 +45,10 @@ def run(config: RunConfig, paramserver_id: str, lifecycle: Lifecycle) -> int:
     heartbeat = Heartbeat()
     registry = CollectorRegistry()
     metrics = ParamserverMetrics(registry)
-    replier = Replier(config.wire.paramserver_bind, config.wire.max_message_bytes)
-    loop, store, relay = _build(config, paramserver_id, replier, metrics)
+    keys = load_keys(config.wire.keys, "paramserver")
+    door = Doorkeeper(keys, lambda reason: metrics.auth_failures.labels(reason).inc())
+    replier = Replier(config.wire.paramserver_bind, config.wire.max_message_bytes, door)
+    loop, store, relay = _build(config, paramserver_id, replier, metrics, keys)
     health = HealthServer(
         config.ops.host,
         config.ops.port,
@@ -57,6 +61,7 @@ def run(config: RunConfig, paramserver_id: str, lifecycle: Lifecycle) -> int:
     log.info("serving", endpoint=replier.endpoint, ops_port=health.port, run_id=config.run_id)
     writer = None if relay is not None else _writer(config, store, metrics)
     writing = None if writer is None else lifecycle.thread("snapshots", writer.run)
+    guarding = lifecycle.thread("doorkeeper", partial(door.run, lifecycle.stopping))
     try:
         loop.run(lifecycle.stopping, heartbeat)
     except Exception as error:  # noqa: BLE001  (the last snapshot is written whatever happened)
@@ -64,11 +69,17 @@ def run(config: RunConfig, paramserver_id: str, lifecycle: Lifecycle) -> int:
     _finish(writer, writing)
     health.close()
     loop.close()
+    guarding.join(STOP_S)
+    door.close()
     return lifecycle.exit_code
 
 
 def _build(
-    config: RunConfig, paramserver_id: str, replier: Replier, metrics: ParamserverMetrics
+    config: RunConfig,
+    paramserver_id: str,
+    replier: Replier,
+    metrics: ParamserverMetrics,
+    keys: Keys | None,
 ) -> tuple[Loop, Store, Relay | None]:
     incarnation = time.time_ns()  # differs from that of any earlier life
     upstream = config.paramserver.upstream
@@ -96,7 +107,7 @@ def _build(
         seats=relayed_seats,
         server=server,
     )
-    connect = partial(Requester, upstream, config.wire.max_message_bytes)
+    connect = partial(Requester, upstream, config.wire.max_message_bytes, keys)
     return (
         Loop(server=server, replier=replier, metrics=metrics, upstream=Upstream(relay, connect)),
         store,

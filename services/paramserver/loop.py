@@ -86,9 +86,9 @@ class Loop:
             self._send(self._upstream.turn(self._clock()))
         self._send(self._server.tick(self._clock()))
 
-    def _handle(self, peer: bytes, frames: Sequence[Buffer]) -> list[Reply]:
+    def _handle(self, peer: bytes, frames: Sequence[Buffer], role: str | None) -> list[Reply]:
         try:
-            return self._server.handle(peer, frames, self._clock())
+            return self._server.handle(peer, frames, self._clock(), role)
         except Exception as error:  # noqa: BLE001  (a bug that one request meets must not end all the others)
             self._metrics.refused_requests.labels("internal").inc()
             self._log.crash("request_failed", error)

@@ -11,7 +11,8 @@ Publish
     fall: an older publish changes nothing, is counted as refused (`stale`), and its answer names the version
     that is held. A learner that went back to a checkpoint therefore numbers its next version above it.
     Without a payload it only updates the run's state, and its answer tells the learner whether the server
-    needs the payload (because it was restarted). A relay takes none (`relay`).
+    needs the payload (because it was restarted). A relay takes none (`relay`), and where peers have proved
+    their roles, nobody takes one but from a learner (`role`).
 Goodbye
     ends the sender's seat and its held request. It has no answer.
 
@@ -100,8 +101,10 @@ class Server:
         self._log = get_logger("server").limited(LOG_INTERVAL_S)
         metrics.version.set(store.snapshot.version)
 
-    def handle(self, peer: bytes, frames: Sequence[Buffer], now_s: float) -> list[Reply]:
-        """A request arrived."""
+    def handle(
+        self, peer: bytes, frames: Sequence[Buffer], now_s: float, role: str | None = None
+    ) -> list[Reply]:
+        """A request arrived, from a peer that has proved this role; None where there are no keys."""
         try:
             message = decode(frames, self._expected)
         except WireError as error:
@@ -109,6 +112,8 @@ class Server:
         match message:
             case Pull():
                 return self._pull(peer, message, now_s)
+            case Publish() if role not in (None, "learner"):
+                return self._refuse(peer, "role", f"a learner may publish, and this is no {role}'s", now_s)
             case Publish():
                 return self._publish(peer, message, now_s)
             case Goodbye():

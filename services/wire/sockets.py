@@ -1,4 +1,4 @@
-"""The only place that imports zmq: four sockets, what each may block on, and what each may drop.
+"""All sockets of the system: four kinds, what each may block on, and what each may drop.
 
     RolloutSender    PUSH    the actor's. Blocks, up to its timeout, while every learner's queue is full: that
                              is the backpressure, and the caller counts it. Drops what is unsent at its end.
@@ -11,7 +11,8 @@ that waits in a buffer is policy lag. All sockets reconnect by themselves. A soc
 that uses it.
 
 MAXMSGSIZE bounds each frame of a message, and libzmq has no bound for their number: a peer that never ends
-a message fills memory until its connection is cut. Only who may connect is an answer to that.
+a message fills memory until its connection is cut. Only who may connect is an answer to that, and it is given
+in ``security.py``: the two that listen have a doorkeeper, the two that connect have keys.
 
 libzmq's own heartbeats stay off. A socket whose inbound queue is full does not read pings either, so under
 backpressure they cut connections to living peers; and when such a peer goes away, libzmq 4.3.5 aborts the
@@ -29,6 +30,7 @@ from typing import Self
 import zmq
 
 from services.wire.messages import Buffer
+from services.wire.security import HANDSHAKE_S, Doorkeeper, Handshakes, Keys, Role
 
 KEEPALIVE_IDLE_S = 10
 KEEPALIVE_INTERVAL_S = 5
@@ -42,7 +44,7 @@ ROLLOUTS_BUFFER_BYTES = 32 * 1024
 
 
 class _Socket:
-    """Options that all sockets share."""
+    """Options that all sockets share, and the two ways to become part of a run: to listen or to connect."""
 
     def __init__(self, kind: int, max_message_bytes: int, buffer_bytes: int) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
@@ -51,7 +53,7 @@ class _Socket:
             zmq.MAXMSGSIZE: max_message_bytes,  # per frame; libzmq disconnects a peer that exceeds it
             zmq.RECONNECT_IVL: RECONNECT_MS,
             zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
-            zmq.HANDSHAKE_IVL: 10_000,
+            zmq.HANDSHAKE_IVL: HANDSHAKE_S * 1000,
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,
             zmq.TCP_KEEPALIVE_INTVL: KEEPALIVE_INTERVAL_S,
@@ -60,20 +62,39 @@ class _Socket:
             zmq.RCVBUF: buffer_bytes,
         }.items():
             self._socket.setsockopt(option, value)
+        self._handshakes: Handshakes | None = None
+
+    def _connect(self, endpoints: Sequence[str], keys: Keys | None, server: Role) -> None:
+        if keys is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public[server])
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public[keys.role])
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        self._handshakes = Handshakes(self._socket)
+        for endpoint in endpoints:
+            self._socket.connect(endpoint)
 
     def _bind(self, endpoint: str, key: str) -> None:
         """``key`` is where the user wrote the endpoint."""
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
-            self._socket.close()
+            self.close()
             # pyzmq appends the address that we have named already
             reason = str(error.strerror).partition(" (addr=")[0]
             raise ValueError(
                 f"{key} = {endpoint!r}: cannot listen ({reason}); allowed is a free address of this host"
             ) from None
 
+    @property
+    def trouble(self) -> str | None:
+        """In a few words what is wrong with the server that we connect to; None if it is just not there."""
+        return None if self._handshakes is None else self._handshakes.trouble
+
     def _send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+        if self._handshakes is not None:
+            for endpoint in self._handshakes.given_up(RECONNECT_MAX_MS / 1000):
+                self._socket.disconnect(endpoint)
+                self._socket.connect(endpoint)
         if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
             return False
         try:
@@ -97,6 +118,11 @@ class _Socket:
 
     def close(self, linger_s: float = 0.0) -> None:
         """Close; messages not yet handed to the kernel are tried for ``linger_s``."""
+        if self._socket.closed:
+            return
+        self._socket.disable_monitor()  # before its reader goes: libzmq would wait for it
+        if self._handshakes is not None:
+            self._handshakes.close()
         self._socket.close(linger=round(linger_s * 1000))
 
     def __enter__(self) -> Self:
@@ -117,12 +143,13 @@ def wait(sockets: Sequence[_Socket], timeout_s: float) -> None:
 class RolloutSender(_Socket):
     """An actor's side: deals rollouts round-robin to the learners that have room."""
 
-    def __init__(self, endpoints: Sequence[str], queue: int, max_message_bytes: int) -> None:
+    def __init__(
+        self, endpoints: Sequence[str], queue: int, max_message_bytes: int, keys: Keys | None = None
+    ) -> None:
         super().__init__(zmq.PUSH, max_message_bytes, ROLLOUTS_BUFFER_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, queue)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for learners that are really there
-        for endpoint in endpoints:
-            self._socket.connect(endpoint)
+        self._connect(endpoints, keys, "learner")
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         """Hand over a message; False if no learner had room within ``timeout_s``.
@@ -135,9 +162,13 @@ class RolloutSender(_Socket):
 class RolloutReceiver(_Socket):
     """A learner's side."""
 
-    def __init__(self, endpoint: str, queue: int, max_message_bytes: int) -> None:
+    def __init__(
+        self, endpoint: str, queue: int, max_message_bytes: int, door: Doorkeeper | None = None
+    ) -> None:
         super().__init__(zmq.PULL, max_message_bytes, ROLLOUTS_BUFFER_BYTES)
         self._socket.setsockopt(zmq.RCVHWM, queue)
+        if door is not None:
+            door.guard(self._socket)
         self._bind(endpoint, "wire.learner_bind")
 
     def receive(self, timeout_s: float) -> list[Buffer] | None:
@@ -152,12 +183,12 @@ class Requester(_Socket):
     is gone, which TCP alone notices only after many minutes.
     """
 
-    def __init__(self, endpoint: str, max_message_bytes: int) -> None:
+    def __init__(self, endpoint: str, max_message_bytes: int, keys: Keys | None = None) -> None:
         super().__init__(zmq.DEALER, max_message_bytes, WEIGHTS_BUFFER_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 4)
         self._socket.setsockopt(zmq.RCVHWM, 4)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._socket.connect(endpoint)
+        self._connect([endpoint], keys, "paramserver")
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         """Send a request; False if the server is not there within ``timeout_s``."""
@@ -171,22 +202,27 @@ class Requester(_Socket):
 class Replier(_Socket):
     """The parameter server's side. ``peer`` is a connection: a client that reconnects is a new peer."""
 
-    def __init__(self, endpoint: str, max_message_bytes: int) -> None:
+    def __init__(self, endpoint: str, max_message_bytes: int, door: Doorkeeper | None = None) -> None:
         super().__init__(zmq.ROUTER, max_message_bytes, WEIGHTS_BUFFER_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 8)
         self._socket.setsockopt(zmq.RCVHWM, 8)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # report peers that are gone or do not read
+        self._knows_roles = door is not None and door.guard(self._socket)
         self._bind(endpoint, "wire.paramserver_bind")
 
-    def receive(self, timeout_s: float) -> tuple[bytes, list[Buffer]] | None:
-        """(peer, frames) of the next request; None if there is none within ``timeout_s``."""
+    def receive(self, timeout_s: float) -> tuple[bytes, list[Buffer], str | None] | None:
+        """(peer, frames, role) of the next request; None if there is none within ``timeout_s``.
+
+        The role is whose key the peer has proved to hold, or None where there are no keys.
+        """
         if not self._socket.poll(round(timeout_s * 1000), zmq.POLLIN):
             return None
         try:
             peer, *parts = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return None
-        return bytes(peer.buffer), [part.buffer for part in parts]
+        role = str(parts[0].get("User-Id")) if self._knows_roles else None
+        return bytes(peer.buffer), [part.buffer for part in parts], role
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> bool:
         """Answer; False if the peer is gone or has stopped reading."""

@@ -131,7 +131,7 @@ class Subscriber(Generic[T]):
     def _ask(self, requester: Requester, asked_s: float) -> bool:
         frames = codec.encode(self._request())
         while not requester.send(frames, POLL_S):
-            self._trouble("parameter server not reachable")
+            self._trouble(requester.trouble or "parameter server not reachable")
             if self._stopping.is_set() or time.monotonic() - asked_s > self._patience_s:
                 return False
         return True

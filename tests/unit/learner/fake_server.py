@@ -51,7 +51,7 @@ class FakeServer:
         while time.monotonic() < deadline_s:
             received = self._replier.receive(max(0.0, deadline_s - time.monotonic()))
             if received is not None:
-                self._peer, frames = received
+                self._peer, frames, _ = received
                 return decode([bytes(frame) for frame in frames], EXPECTED)
         return None
 

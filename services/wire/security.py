@@ -1,0 +1,342 @@
+"""Who may connect: the keys of the roles, and the doorkeeper of a socket that listens.
+
+CURVE encrypts a connection and proves to each side which key the other one holds. Keys belong to roles, not
+to pods: an actor that comes back under another address needs none of its own. They are read from the
+directory ``wire.keys`` before a pod opens its sockets; without it nothing here encrypts or refuses, but
+connections that are no ZeroMQ are counted all the same.
+
+    a seed         every key pair follows from it: whoever holds it may be any role
+    a pair a role  a pod holds its own secret and the public keys of its peers, and can be nothing else
+
+The ``Doorkeeper`` answers libzmq's question whether a key is welcome (ZAP), and with the role that it
+belongs to, which every message from there then carries. pyzmq brings an authenticator too: it knows users by
+their key, never sees a handshake that ended before the question (as that of a peer without keys does), and
+nobody would notice the death of its thread. No secret is ever logged, nor part of an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import zmq
+from zmq.utils import z85
+
+from services.ops.logging import get_logger
+from services.wire.arrivals import Arrivals
+
+Role = Literal["actor", "learner", "paramserver", "evaluator"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+Refused = Literal["unknown_key", "handshake"]
+"""The server knows nobody by this key; or the handshake did not come to an end: no keys, keys for another
+server, no ZeroMQ, or nothing said for ``HANDSHAKE_S``."""
+
+PEERS: Mapping[Role, tuple[Role, ...]] = {
+    "actor": ("learner", "paramserver"),
+    "learner": ("actor", "paramserver"),
+    "paramserver": ("actor", "learner", "evaluator", "paramserver"),  # relays are parameter servers
+    "evaluator": ("paramserver",),
+}
+"""Whom each role meets."""
+
+ADMITTED: Mapping[Role, tuple[Role, ...]] = {
+    "learner": ("actor",),
+    "paramserver": PEERS["paramserver"],
+}
+"""Who may connect to those that listen."""
+
+SEED_FILE = "seed"
+SEED_BYTES = (32, 64)
+KEY_CHARACTERS = 40
+HANDSHAKE_S = 10
+"""After which libzmq closes a connection whose handshake has not ended."""
+TURN_S = 0.5
+LOG_INTERVAL_S = 10.0
+
+_log = get_logger("wire").limited(LOG_INTERVAL_S)
+_names = itertools.count()
+
+
+# --- keys --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """What one pod holds. All keys are in Z85, 40 characters."""
+
+    role: Role
+    secret: bytes = field(repr=False)
+    public: Mapping[Role, bytes]
+    """Of its own role and of those it meets."""
+
+    def admitted(self) -> dict[bytes, Role]:
+        """Who may connect to us, by public key in 32 bytes as ZAP has it."""
+        return {z85.decode(self.public[role]): role for role in ADMITTED.get(self.role, ())}
+
+
+def secret_of(seed: bytes, role: Role) -> bytes:
+    """The secret key of ``role`` that follows from ``seed``; nothing follows from it about another one."""
+    digest = hashlib.blake2b(role.encode(), digest_size=32, key=seed, person=b"impala-curve")
+    return z85.encode(digest.digest())
+
+
+def public_of(secret: bytes) -> bytes:
+    """The public key that belongs to ``secret``."""
+    return zmq.curve_public(secret)
+
+
+def load_keys(directory: Path | None, role: Role) -> Keys | None:
+    """What ``role`` needs from ``wire.keys``; ValueError if it is not there or does not fit together."""
+    if directory is None:
+        return None
+    if not directory.is_dir():
+        raise _refusal(directory, "is no directory", "one that `impala keygen` has filled")
+    seed_file, secret_file = directory / SEED_FILE, directory / f"{role}.secret"
+    if seed_file.exists() and secret_file.exists():
+        raise _refusal(directory, f"holds both {SEED_FILE} and {secret_file.name}", "one of them")
+    if seed_file.exists():
+        seed = _read_seed(directory)
+        secret = secret_of(seed, role)
+        public = {peer: public_of(secret_of(seed, peer)) for peer in PEERS[role]}
+    elif secret_file.exists():
+        secret = _read_key(directory, secret_file.name)
+        others = [peer for peer in PEERS[role] if peer != role]
+        public = {peer: _read_key(directory, f"{peer}.public") for peer in others}
+    else:
+        raise _refusal(directory, f"holds neither {SEED_FILE} nor {secret_file.name}", "one of them")
+    public[role] = public_of(secret)
+    own_file = directory / f"{role}.public"
+    if not seed_file.exists() and own_file.exists() and _read_key(directory, own_file.name) != public[role]:
+        raise _refusal(
+            directory, f"{own_file.name} does not belong to {secret_file.name}", "the two files of one pair"
+        )
+    for one, other in itertools.combinations(public, 2):
+        if public[one] == public[other]:
+            raise _refusal(
+                directory, f"{one} and {other} have the same key", "a key of its own for each role"
+            )
+    return Keys(role=role, secret=secret, public=public)
+
+
+def _read_seed(directory: Path) -> bytes:
+    seed = _read(directory, SEED_FILE)
+    least, most = SEED_BYTES
+    if not least <= len(seed) <= most:
+        raise _refusal(
+            directory,
+            f"{SEED_FILE} has {len(seed)} bytes",
+            f"{least} to {most}, random (`impala keygen --seed`)",
+        )
+    return seed
+
+
+def _read_key(directory: Path, name: str) -> bytes:
+    key = _read(directory, name)
+    try:
+        if len(key) == KEY_CHARACTERS and len(z85.decode(key)) == 32:
+            return key
+    except (KeyError, struct.error):
+        pass
+    raise _refusal(directory, f"{name} is no key", f"{KEY_CHARACTERS} characters of Z85 (`impala keygen`)")
+
+
+def _read(directory: Path, name: str) -> bytes:
+    try:
+        return (directory / name).read_bytes().rstrip(b"\r\n")
+    except OSError as error:
+        raise _refusal(directory, f"{name} cannot be read ({error.strerror})", "a readable file") from None
+
+
+def _refusal(directory: Path, what: str, allowed: str) -> ValueError:
+    return ValueError(f"wire.keys = {str(directory)!r}: {what}; allowed is {allowed}")
+
+
+# --- who listens -------------------------------------------------------------------------------------
+
+
+class Doorkeeper:
+    """Of the one socket at which a pod listens: a thread of its own, so that no load delays an answer.
+
+    What arrives here comes from libzmq, in the shape that libzmq gives it: a peer's part in it is its key.
+    Nothing that a peer does is waited for. One thread may construct and close it, another one run it.
+    """
+
+    def __init__(self, keys: Keys | None, count: Callable[[Refused], None]) -> None:
+        self._keys = keys
+        self._count = count
+        self._admitted = keys.admitted() if keys is not None else {}
+        self._questions: zmq.Socket[bytes] | None = None
+        self._events: Events | None = None
+        self._arrivals = Arrivals(HANDSHAKE_S + 1)
+        self._why = ""
+        self._log = get_logger("door").limited(LOG_INTERVAL_S)
+
+    def guard(self, socket: zmq.Socket[bytes]) -> bool:
+        """Before ``socket`` binds. Whether its messages will tell the role of their sender."""
+        self._events = Events(
+            socket,
+            zmq.EVENT_ACCEPTED
+            | zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+        )
+        if self._keys is None:
+            return False
+        self._questions = zmq.Context.instance().socket(zmq.REP)
+        self._questions.setsockopt(zmq.LINGER, 0)
+        self._questions.bind("inproc://zeromq.zap.01")
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
+        socket.setsockopt(zmq.ZAP_DOMAIN, self._keys.role.encode())
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody there to ask means no, not yes
+        return True
+
+    def run(self, stopping: threading.Event) -> None:
+        """Until ``stopping``. Nobody is let in any more after that."""
+        while not stopping.is_set():
+            self.turn(TURN_S)
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for something to do, and do it."""
+        assert self._events is not None
+        poller = zmq.Poller()
+        poller.register(self._events.socket, zmq.POLLIN)
+        if self._questions is not None:
+            poller.register(self._questions, zmq.POLLIN)
+        poller.poll(round(timeout_s * 1000))
+        if self._questions is not None:  # before the events, which include what follows from the answers
+            while self._questions.poll(0):
+                self._questions.send_multipart(self._answer(self._questions.recv_multipart()))
+        for event, value, _endpoint in self._events.take():
+            self._note(event, value)
+        for _ in range(self._arrivals.failed(time.monotonic())):
+            self._count("handshake")
+            # libzmq tells neither the peer's address nor, of what is no ZeroMQ at all, a reason
+            self._log.warning("handshake_failed", error=self._why or "the peer does not speak ZeroMQ")
+        self._why = ""
+
+    def close(self) -> None:
+        """After the guarded socket has been closed."""
+        if self._events is not None:
+            self._events.close()
+        if self._questions is not None:
+            self._questions.close()
+
+    def _answer(self, question: list[bytes]) -> list[bytes]:
+        version, request, _domain, address, _identity, _mechanism, *credentials = question
+        role = self._admitted.get(credentials[0]) if credentials else None
+        if role is not None:
+            return [version, request, b"200", b"welcome", role.encode(), b""]
+        self._arrivals.resolved()
+        self._count("unknown_key")
+        self._log.warning("unknown_key", address=address.decode(errors="replace"))
+        return [version, request, b"400", b"unknown key", b"", b""]
+
+    def _note(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_ACCEPTED:
+            self._arrivals.accepted(value, time.monotonic())
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._arrivals.ended(value)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._arrivals.resolved()
+        else:
+            self._why = why_failed(event, value)
+
+
+# --- who connects ------------------------------------------------------------------------------------
+
+
+class Handshakes:
+    """Of a client's socket: what went wrong with the last one, and which endpoints libzmq has given up.
+
+    A refused key or another security mechanism ends libzmq's attempts for good. But a server that refuses us
+    today may be restarted with our keys, so whoever owns the socket connects to these endpoints anew.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], clock: Callable[[], float] = time.monotonic) -> None:
+        """Before ``socket`` connects."""
+        self._events = Events(
+            socket,
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+        )
+        self._clock = clock
+        self._given_up: dict[str, float] = {}
+        self.trouble: str | None = None
+        """In a few words why nobody is connected, where it is not just that nobody is there."""
+
+    def given_up(self, pause_s: float) -> list[str]:
+        """Endpoints that it is time to connect to anew, ``pause_s`` after libzmq gave them up."""
+        for event, value, endpoint in self._events.take():
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.trouble = None
+                continue
+            self.trouble = f"handshake with {endpoint} failed: {why_failed(event, value)}"
+            _log.warning("handshake_failed", endpoint=endpoint, error=why_failed(event, value))
+            if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._given_up.setdefault(endpoint, self._clock() + pause_s)
+        due = [endpoint for endpoint, at_s in self._given_up.items() if at_s <= self._clock()]
+        for endpoint in due:
+            del self._given_up[endpoint]
+        return due
+
+    def close(self) -> None:
+        """After the socket has been closed."""
+        self._events.close()
+
+
+class Events:
+    """What libzmq reports of a socket's connections.
+
+    Its I/O thread waits while nobody takes them and the queue is full, which would hold up all traffic: so
+    the queue has no bound, and ``socket`` has to end its monitor before this is closed.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], events: int) -> None:
+        """Before ``socket`` binds or connects."""
+        name = f"inproc://events-{next(_names)}"
+        socket.monitor(name, events)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.connect(name)
+
+    def take(self) -> Iterator[tuple[int, int, str]]:
+        """(event, its value, endpoint) of all that has happened, without waiting."""
+        while True:
+            try:
+                event, endpoint = self.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            yield *struct.unpack("=HI", event), endpoint.decode(errors="replace")
+
+    def close(self) -> None:
+        """The rest is not of interest."""
+        self.socket.close()
+
+
+def why_failed(event: int, value: int) -> str:
+    """In a few words, of a handshake that has failed."""
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return "the server does not know our key"
+    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            return "one side has wire.keys and the other has none"
+        if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+            return "the client expects another key of the server"
+        return f"ZeroMQ protocol error {value:#x}"
+    if value == errno.EAGAIN:
+        return f"no end of it in {HANDSHAKE_S} s"
+    return "the peer closed the connection; has it other keys?"
