@@ -28,6 +28,7 @@ usage: impala <command> [flags]
   train         train on this machine: parameter server, learner and actors as processes
   evaluate      play whole episodes with a checkpoint, and say what they are worth
   config        show the effective configuration; `impala config --help` explains every key
+  keygen        make the keys by which the pods of a run know each other
   actor         run one actor
   learner       run one learner
   paramserver   run the parameter server
@@ -96,12 +97,31 @@ the ones before it. The key learner.queue_capacity, for example, is
   as a flag        --learner.queue_capacity 64
 """
 
-USAGES = {"train": TRAIN_USAGE, "evaluate": EVALUATE_USAGE}
+KEYGEN_USAGE = """\
+usage: impala keygen [--seed] DIR                               write files
+       impala keygen [--seed] --secret NAME [--namespace NS]    print a Secret for `kubectl apply -f -`
+
+Makes the keys by which the pods of a run know each other, and with which they encrypt what they say. Give
+every pod the directory, or the mounted Secret, as --wire.keys DIR. No key is ever replaced.
+
+A key pair for each role, <role>.secret and <role>.public: a pod needs its own secret and the public keys of
+the roles that it meets, and can then be no other role.
+
+  actor         actor.secret learner.public paramserver.public
+  learner       learner.secret actor.public paramserver.public
+  paramserver   paramserver.secret actor.public learner.public evaluator.public
+  evaluator     evaluator.secret paramserver.public
+
+  --seed        one file `seed` instead, from which all of them follow: who has it may be any role
+"""
+
+USAGES = {"train": TRAIN_USAGE, "evaluate": EVALUATE_USAGE, "keygen": KEYGEN_USAGE}
 
 OWN_FLAGS = {
     "train": ("--config", "--run-dir", "--resume", "--plain"),
     "evaluate": ("--episodes", "--greedy", "--tasks", "--best", "--json", "--num-envs", "--workers"),
     "config": ("--config", "--schema"),
+    "keygen": ("--seed", "--secret", "--namespace"),
 }
 """Beside the keys of the configuration."""
 
@@ -171,6 +191,8 @@ def _dispatch(arguments: list[str]) -> int:
             _explain_config()
         else:
             _show_config(flags)
+    elif command == "keygen":
+        _keygen(flags)
     elif command in CLUSTER:
         from services.cluster import commands
 
@@ -183,7 +205,7 @@ def _dispatch(arguments: list[str]) -> int:
         else:
             return int(importlib.import_module(f"services.{command}.__main__").main(flags))
     else:
-        known = ["train", "evaluate", "config", *PODS, *CLUSTER]
+        known = ["train", "evaluate", "config", "keygen", *PODS, *CLUSTER]
         close = difflib.get_close_matches(command, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(known)}"
         raise ConfigError(f"unknown command {command!r}; {hint}")
@@ -251,6 +273,29 @@ def _evaluate(flags: list[str]) -> int:
             workers=int(workers) if workers else None,
         )
         return evaluate.evaluate(target, flags, options)
+
+
+def _keygen(flags: list[str]) -> None:
+    from services.config import ConfigError
+    from services.wire import keygen
+
+    seed = _take_switch(flags, "--seed")
+    name = _take_value(flags, "--secret")
+    namespace = _take_value(flags, "--namespace")
+    unknown = next((flag for flag in flags if flag.startswith("-")), None)
+    if unknown is not None:
+        raise ConfigError(f"{unknown}: unknown flag; allowed are {', '.join(OWN_FLAGS['keygen'])}")
+    if (name is None) != (len(flags) == 1) or (name is None and namespace is not None):
+        raise ConfigError("allowed is either one directory or --secret NAME: impala keygen [--seed] DIR")
+    files = keygen.new_keys(seed=seed)
+    try:
+        if name is None:
+            keygen.write_keys(Path(flags[0]), files)
+            print(f"wrote {', '.join(files)} to {flags[0]}")
+        else:
+            print(keygen.secret_manifest(name, namespace, files), end="")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _show_config(flags: list[str]) -> None:
