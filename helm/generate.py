@@ -59,7 +59,7 @@ SHAPES: dict[str, Schema] = {
         "type": "array",
         "items": {
             "type": "object",
-            "properties": {"name": {"type": "string"}},
+            "properties": {"name": {"description": "Of a Secret.", "type": "string"}},
             "required": ["name"],
             "additionalProperties": False,
         },
@@ -68,7 +68,11 @@ SHAPES: dict[str, Schema] = {
     "digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
     "resources": {
         "type": "object",
-        "properties": {"requests": QUANTITIES, "limits": QUANTITIES, "claims": OBJECTS},
+        "properties": {
+            "requests": {"description": "What a node must have free.", **QUANTITIES},
+            "limits": {"description": "What the container may not exceed.", **QUANTITIES},
+            "claims": {"description": "Names of resource claims.", **OBJECTS},
+        },
         "additionalProperties": False,
     },
     "sharedMemory": SIZE,
