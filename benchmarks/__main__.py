@@ -3,8 +3,9 @@
     parts     environment, inference and training on one core each, and the bound that follows from them
     wire      bytes per agent step and microseconds per rollout, on real frames
     system    the whole of `impala train` on this machine: steps/s, memory, lag, bytes, against its bound
+    fleet     the servers under hundreds of clients, with and without keys; `fleet --help`
 
-Without a name all three run. Machines are noisy: compare figures of one call, not of two.
+Without a name the first three run. Machines are noisy: compare figures of one call, not of two.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; the results as JSON to ``--json``, if asked for."""
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"  # before torch is imported: all figures are per core
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["fleet"]:
+        from benchmarks import fleet
+
+        return fleet.main(words[1:])
     from benchmarks import parts, system, wire
     from benchmarks.options import VARIANTS, Options
 
@@ -28,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(measurements)}; all if none")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"of {', '.join(measurements)}; all if none; or fleet"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="of each whole-system run (default 60)")
     parser.add_argument("--env", default="ALE/Pong-v5", help="what is played (default ALE/Pong-v5)")
     parser.add_argument(
@@ -37,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"comma-separated, of {', '.join(VARIANTS)}, or all (default shallow,nature)",
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     unknown = [name for name in arguments.names if name not in measurements]
     if unknown:
         parser.error(f"no measurement {unknown[0]!r}; allowed are {', '.join(measurements)}")

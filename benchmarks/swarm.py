@@ -1,0 +1,351 @@
+"""Many clients in few processes: to the parameter server and the learner each of them is an actor.
+
+Every client has an actor's two sockets, its handshakes, its long poll with the lease of a seat, and sends
+rollouts that were recorded once, under its own name, sequence and the policy version that it holds. One
+thread turns all clients of a process, because what is measured is the other side. ``fleet`` starts swarms and
+reads what they report; weights are taken, timed and thrown away. Never torch.
+
+At most ``CLIENTS_PER_PROCESS`` share a process: a client is two sockets, each with the two ends of its
+monitor, and libzmq has 1023 sockets in a context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from services.wire import codec
+from services.wire.messages import (
+    NO_SEAT,
+    NO_VERSION,
+    Buffer,
+    Client,
+    Goodbye,
+    Pull,
+    Refusal,
+    Rollout,
+    Weights,
+)
+from services.wire.security import Keys, load_keys
+from services.wire.sockets import Requester, RolloutSender, wait
+
+CLIENTS_PER_PROCESS = 128
+TURN_S = 0.01
+"""How often a client whose learner had no room tries again."""
+PROGRESS_S = 0.1
+REFUSED_PAUSE_S = 2.0
+END_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The system under load, and how its actors behave."""
+
+    paramserver: str
+    learner: str | None
+    """None where only weights are asked for."""
+    keys: Path | None
+    run_id: str
+    max_message_bytes: int
+    send_queue: int
+    hold_s: float
+    weights_interval_s: float
+    rollouts_per_second: float | None
+    """Of each client; None is as many as the learner takes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """What one client has lived through. Times are of the monotonic clock, which all processes share."""
+
+    name: str
+    answered_s: float = math.inf
+    """When the parameter server first answered: the handshake with it is complete."""
+    seated_s: float = math.inf
+    weights_s: float = math.inf
+    sent_s: float = math.inf
+    """When the first rollout left, which it does only after the handshake with the learner."""
+    versions: list[tuple[float, int]] = field(default_factory=list)
+    """When which policy version arrived."""
+    sent: int = 0
+    seats_lost: int = 0
+    reconnects: int = 0
+    troubles: set[str] = field(default_factory=set)
+
+    @property
+    def ready_s(self) -> float:
+        """When it had what an actor needs to begin."""
+        return max(self.seated_s, self.weights_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Of some clients at one moment."""
+
+    ready: int
+    sending: int
+    sent: int
+    oldest_version: int
+    """That any of them holds."""
+
+
+class Impostor:
+    """One client. ``turn_weights`` and ``turn_rollouts`` never wait."""
+
+    def __init__(
+        self, name: str, target: Target, keys: Keys | None, rollouts: Sequence[Rollout], first: int
+    ) -> None:
+        """``first`` is the recorded rollout that it begins with."""
+        self.record = Record(name=name)
+        self.version = NO_VERSION
+        self._target = target
+        self._keys = keys
+        self._client = Client(client_id=name, incarnation=time.time_ns())
+        self._expected = codec.Expected(run_id=target.run_id, max_message_bytes=target.max_message_bytes)
+        self._rollouts = rollouts
+        self._next = first
+        self._training = False
+        self._asked_s = -math.inf
+        self._asking = True
+        """The request is not on its way yet."""
+        self._pause_until_s = -math.inf
+        self._waiting: list[Buffer] | None = None
+        self._send_at_s = -math.inf
+        self._sender: RolloutSender | None = None
+        self.requester = self._connect()
+
+    def _connect(self) -> Requester:
+        self._asked_s, self._asking = time.monotonic(), True
+        return Requester(self._target.paramserver, self._target.max_message_bytes, self._keys)
+
+    def turn_weights(self, now_s: float) -> None:
+        """Ask for weights and the seat, or take the answer, as ``wire.subscriber`` does."""
+        if now_s < self._pause_until_s:
+            return
+        if self._asking:
+            if self.requester.send(codec.encode(self._request()), 0.0):
+                self._asking = False
+        else:
+            frames = self.requester.receive(0.0)
+            if frames is not None:
+                self._take(frames, now_s)
+                self._asking = True
+                self._pause_until_s = max(
+                    self._pause_until_s, self._asked_s + self._target.weights_interval_s
+                )
+                self._asked_s = max(now_s, self._pause_until_s)
+                return
+        if now_s > self._asked_s + 2 * self._target.hold_s:
+            self.record.troubles.add(self.requester.trouble or "parameter server does not answer")
+            self.record.reconnects += 1
+            self.requester.close()
+            self.requester = self._connect()
+
+    def turn_rollouts(self, now_s: float) -> None:
+        """Send the next rollout, if it is due and the learner has room."""
+        if self._sender is None or not self._training or now_s < self._send_at_s:
+            return
+        if self._waiting is None:
+            self._waiting = codec.encode(self._rollout())
+        if not self._sender.send(self._waiting, 0.0):
+            return
+        self._waiting = None
+        self.record.sent += 1
+        self.record.sent_s = min(self.record.sent_s, now_s)
+        rate = self._target.rollouts_per_second
+        if rate is not None:
+            self._send_at_s = max(self._send_at_s, now_s - 1 / rate) + 1 / rate
+
+    def leave(self) -> None:
+        """Give the seat back."""
+        farewell = Goodbye(run_id=self._target.run_id, sender=self._client)
+        self.requester.send(codec.encode(farewell), 0.0)
+        self.requester.close(linger_s=0.5)
+        if self._sender is not None:
+            if self._sender.trouble:
+                self.record.troubles.add(self._sender.trouble)
+            self._sender.close()
+
+    def _request(self) -> Pull:
+        return Pull(
+            run_id=self._target.run_id,
+            sender=self._client,
+            have_version=self.version,
+            seats_for=(self._client,),
+        )
+
+    def _take(self, frames: list[Buffer], now_s: float) -> None:
+        record = self.record
+        record.answered_s = min(record.answered_s, now_s)
+        try:
+            reply = codec.decode(frames, self._expected)
+        except codec.WireError as error:
+            reply = Refusal(reason=error.reason, text=str(error))
+        if not isinstance(reply, Weights):
+            record.troubles.add(reply.text if isinstance(reply, Refusal) else type(reply).__name__)
+            self._pause_until_s = now_s + REFUSED_PAUSE_S
+            return
+        self._training = reply.state == "training"
+        if reply.payload is not None:
+            self.version = reply.version
+            record.weights_s = min(record.weights_s, now_s)
+            record.versions.append((now_s, reply.version))
+        (seat,) = reply.seats
+        record.seats_lost += seat == NO_SEAT and self._client.seat != NO_SEAT
+        if seat != NO_SEAT:
+            record.seated_s = min(record.seated_s, now_s)
+            self._client = replace(self._client, seat=seat)
+        if self._sender is None and record.ready_s <= now_s and self._target.learner is not None:
+            self._sender = RolloutSender(
+                [self._target.learner], self._target.send_queue, self._target.max_message_bytes, self._keys
+            )
+
+    def _rollout(self) -> Rollout:
+        """A recorded one under our name: only the header is encoded anew."""
+        recorded = self._rollouts[self._next % len(self._rollouts)]
+        self._next += 1
+        return replace(
+            recorded,
+            run_id=self._target.run_id,
+            actor_id=self._client.client_id,
+            incarnation=self._client.incarnation,
+            sequence=self.record.sent,
+            policy_version=self.version,
+        )
+
+
+def live(names: Sequence[str], target: Target, rollouts: Sequence[Rollout], link: Connection) -> None:
+    """The body of a process: ready, wait for the word, connect all at once, serve until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
+    keys = load_keys(target.keys, "actor")
+    link.send(None)
+    try:
+        link.recv()
+        clients = [Impostor(name, target, keys, rollouts, first) for first, name in enumerate(names)]
+        _turn(clients, link)
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone: so are the seats, when their leases end
+    for client in clients:
+        client.leave()
+    link.send([client.record for client in clients])
+    link.close()
+
+
+def _turn(clients: Sequence[Impostor], link: Connection) -> None:
+    """Until the parent says something."""
+    rollouts_at_s = progress_at_s = -math.inf
+    while not link.poll():
+        wait([client.requester for client in clients], TURN_S)
+        now_s = time.monotonic()
+        for client in clients:
+            client.turn_weights(time.monotonic())
+        if now_s >= rollouts_at_s:
+            rollouts_at_s = now_s + TURN_S
+            for client in clients:
+                client.turn_rollouts(now_s)
+        if now_s >= progress_at_s:
+            progress_at_s = now_s + PROGRESS_S
+            link.send(
+                Progress(
+                    ready=sum(math.isfinite(client.record.ready_s) for client in clients),
+                    sending=sum(client.record.sent > 0 for client in clients),
+                    sent=sum(client.record.sent for client in clients),
+                    oldest_version=min(client.version for client in clients),
+                )
+            )
+
+
+class Swarm:
+    """All clients. Nobody connects before ``connect``."""
+
+    def __init__(self, num_clients: int, target: Target, rollouts: Sequence[Rollout]) -> None:
+        """Start the processes and wait until they are there."""
+        names = [f"fleet-{number}" for number in range(num_clients)]
+        spawn = multiprocessing.get_context("spawn")
+        self._links: list[Connection] = []
+        self._processes = []
+        self._latest: dict[int, Progress] = {}
+        try:
+            with _deaf_to_interrupts():
+                for start in range(0, num_clients, CLIENTS_PER_PROCESS):
+                    ours, theirs = spawn.Pipe()
+                    process = spawn.Process(
+                        target=live,
+                        args=(names[start : start + CLIENTS_PER_PROCESS], target, rollouts, theirs),
+                        daemon=True,
+                    )
+                    process.start()
+                    theirs.close()
+                    self._links.append(ours)
+                    self._processes.append(process)
+            for link in self._links:
+                link.recv()
+        except BaseException:
+            self.kill()
+            raise
+
+    def connect(self) -> float:
+        """All of them, now: this is when."""
+        for link in self._links:
+            link.send("connect")
+        return time.monotonic()
+
+    def progress(self) -> Progress:
+        """The latest that all processes have told."""
+        for number, link in enumerate(self._links):
+            while link.poll():
+                self._latest[number] = link.recv()
+        told = self._latest.values()
+        return Progress(
+            ready=sum(each.ready for each in told),
+            sending=sum(each.sending for each in told),
+            sent=sum(each.sent for each in told),
+            oldest_version=min((each.oldest_version for each in told), default=NO_VERSION)
+            if len(self._latest) == len(self._links)
+            else NO_VERSION,
+        )
+
+    def leave(self) -> list[Record]:
+        """Say goodbye with all of them, and end the processes."""
+        for link in self._links:
+            link.send("leave")
+        records: list[Record] = []
+        for link in self._links:
+            records += self._last_words(link)
+        for process in self._processes:
+            process.join(END_S)
+        self.kill()
+        return records
+
+    def kill(self) -> None:
+        """End whatever is left; does nothing after ``leave``."""
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for link in self._links:
+            link.close()
+
+    def _last_words(self, link: Connection) -> list[Record]:
+        while link.poll(END_S):
+            said = link.recv()
+            if isinstance(said, list):
+                return said
+        raise RuntimeError(f"a process of clients did not report within {END_S:g} s")
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here never see Ctrl-C, not even before their first line."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
