@@ -59,11 +59,11 @@ Complaint = Callable[[Sequence[str]], str]
 def test_help_names_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0
     output = capsys.readouterr().out
-    for command in ("train", "evaluate", "config", *cli.PODS, *cli.CLUSTER):
+    for command in ("train", "evaluate", "config", "keygen", *cli.PODS, *cli.CLUSTER):
         assert f"\n  {command} " in output
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "config", *cli.PODS, *cli.CLUSTER])
+@pytest.mark.parametrize("command", ["train", "evaluate", "config", "keygen", *cli.PODS, *cli.CLUSTER])
 def test_every_command_has_help_that_fits_a_terminal(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +95,7 @@ def test_help_on_the_configuration_lists_every_key_alias_and_preset(
         ["--version"],
         ["train", "--help"],
         ["evaluate", "--help"],
+        ["keygen", "--help"],
         ["config"],
         ["actor", "--help"],
         ["status", "--help"],
@@ -241,7 +242,7 @@ OTHERS = ", ".join([*cli.PODS, *cli.CLUSTER])
         (["trian"], "impala: unknown command 'trian'; did you mean train?\n"),
         (
             ["xyz"],
-            f"impala: unknown command 'xyz'; allowed are train, evaluate, config, {OTHERS}\n",
+            f"impala: unknown command 'xyz'; allowed are train, evaluate, config, keygen, {OTHERS}\n",
         ),
         (["train", "--batch_szie", "3"], "impala: --batch_szie: unknown key; did you mean batch_size?\n"),
         (["train", "--resum", "x"], "impala: --resum: unknown flag; did you mean --resume?\n"),
