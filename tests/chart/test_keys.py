@@ -1,0 +1,123 @@
+"""The keys: drawn once and kept, or the user's own; each role mounts its part, and new ones restart pods."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chart.fake_api import api_with_secret
+from tests.chart.rendering import CASES, CHART, Object, find, helm, pod_of, pods, render
+
+SEED = {"seed": base64.b64encode(b"s" * 64).decode()}
+
+
+def render_beside(secret: dict[str, str] | None, *arguments: str, name: str = "impala-keys") -> list[Object]:
+    """What an upgrade renders in a cluster that has this Secret, or none."""
+    with api_with_secret(name, secret) as address:
+        done = helm(
+            *("template", "impala", str(CHART), "--namespace", "there", *arguments),
+            *("--dry-run=server", "--disable-openapi-validation", "--kube-apiserver", address),
+        )
+    assert done.returncode == 0, done.stderr
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
+def checksums(objects: list[Object]) -> set[str]:
+    return {
+        pod.metadata["annotations"].get("checksum/keys", "none")
+        for pod in pods(objects)
+        if pod.component != "test"
+    }
+
+
+def test_the_first_installation_draws_a_seed_of_64_characters_and_another_one_another() -> None:
+    first, second = (
+        base64.b64decode(find(render_beside(None), "Secret", "impala-keys")["data"]["seed"]).decode()
+        for _ in range(2)
+    )
+
+    assert len(first) == len(second) == 64
+    assert first.isalnum()
+    assert first != second
+
+
+def test_an_upgrade_keeps_the_seed_and_restarts_nobody() -> None:
+    first = render_beside(None)
+    seed = find(first, "Secret", "impala-keys")["data"]
+
+    upgraded = render_beside(seed)
+
+    assert find(upgraded, "Secret", "impala-keys")["data"] == seed
+    assert checksums(upgraded) == checksums(first)
+    assert len(checksums(first)) == 1
+
+
+def test_a_seed_that_was_lost_is_drawn_anew_and_restarts_everybody() -> None:
+    assert checksums(render_beside(None)).isdisjoint(checksums(render_beside(SEED)))
+
+
+@pytest.mark.parametrize("value", ["security.existingSecret=mine", "security.perRole.existingSecret=mine"])
+def test_keys_of_the_user_are_never_copied_and_new_ones_restart_everybody(value: str) -> None:
+    before = render_beside(SEED, "--set", value, name="mine")
+    after = render_beside({"seed": "bmV3"}, "--set", value, name="mine")
+
+    assert not [each for each in before if each["kind"] == "Secret"]
+    assert len(checksums(before)) == len(checksums(after)) == 1
+    assert checksums(before).isdisjoint(checksums(after))
+    assert "ssss" not in str(before)
+
+
+def keys_volume(objects: list[Object], component: str) -> Any:
+    volumes = {volume["name"]: volume for volume in pod_of(objects, component).spec["volumes"]}
+    return volumes["keys"]["secret"]
+
+
+def files(objects: list[Object], component: str) -> set[str]:
+    items = keys_volume(objects, component)["items"]
+    assert all(item["key"] == item["path"] for item in items)
+    return {item["path"] for item in items}
+
+
+@pytest.mark.parametrize(("case", "secret"), [("default", "impala-keys"), ("seed-of-mine", "mine")])
+def test_every_pod_mounts_the_seed_and_nothing_else_of_its_secret(case: str, secret: str) -> None:
+    for pod in pods(render(*CASES[case])):
+        volume = {volume["name"]: volume for volume in pod.spec["volumes"]}["keys"]["secret"]
+        assert volume["secretName"] == secret
+        assert volume["items"] == [{"key": "seed", "path": "seed"}]
+        assert {"name": "keys", "mountPath": "/etc/impala-keys", "readOnly": True} in pod.container[
+            "volumeMounts"
+        ]
+
+
+def test_the_group_of_the_pod_may_read_the_keys_and_others_may_not() -> None:
+    assert keys_volume(render(), "actor")["defaultMode"] == 0o440
+
+
+def test_with_a_key_pair_for_each_role_a_pod_holds_no_secret_but_its_own() -> None:
+    objects = render(
+        "--set", "security.perRole.existingSecret=mine,evaluator.enabled=true,paramserver.relays=1"
+    )
+
+    assert files(objects, "actor") == {"actor.secret", "learner.public", "paramserver.public"}
+    assert files(objects, "learner") == {"learner.secret", "actor.public", "paramserver.public"}
+    assert files(objects, "evaluator") == {"evaluator.secret", "paramserver.public"}
+    of_the_server = {f"{role}.public" for role in ("actor", "learner", "evaluator", "paramserver")}
+    assert files(objects, "paramserver") == files(objects, "relay") == {"paramserver.secret", *of_the_server}
+
+
+def test_the_actor_of_helm_test_has_the_keys_of_an_actor() -> None:
+    objects = render("--set", "security.perRole.existingSecret=mine")
+    hook = find(objects, "Pod", "impala-test-rollout")["spec"]["volumes"]
+
+    assert {volume["name"]: volume for volume in hook}["keys"]["secret"] == keys_volume(objects, "actor")
+
+
+def test_without_security_there_are_no_keys_anywhere() -> None:
+    objects = render(*CASES["insecure"])
+
+    assert "keys" not in str([pod.spec for pod in pods(objects)])
+    assert checksums(objects) == {"none"}
+    assert not [each for each in objects if each["kind"] == "Secret"]
