@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from services.cluster.manifests import error_message, read_pods, read_workloads
 from services.cluster.objects import Cluster, ClusterError, Pod, PodSilentError, UnreachableError, Workload
 from services.ops.scrape import MAX_SCRAPE_BYTES
@@ -18,6 +20,8 @@ LIST_TIMEOUT_S = (5.0, 30.0)
 """To connect, and between two bytes: the list of a thousand pods is large."""
 POD_TIMEOUT_S = (3.0, 4.0)
 NUM_CONNECTIONS = 20
+NONSENSE = (TypeError, AttributeError, KeyError, ValueError)
+"""What the client runs into where a kubeconfig is none: it does not look before it reads."""
 LABEL = "app.kubernetes.io/name=impala"
 
 
@@ -32,33 +36,27 @@ def connect(context: str | None = None, namespace: str | None = None) -> Cluster
     settings = client.Configuration()
     settings.retries = False  # its own would make every timeout four of them
     settings.connection_pool_maxsize = NUM_CONNECTIONS
+    where = Path(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).expanduser()
     try:
         contexts, active = config.list_kube_config_contexts()
-        names = [each["name"] for each in contexts]
-        if context is not None and context not in names:
-            raise ClusterError(f"--context = {context!r}: allowed are {', '.join(names)}")
-        chosen = next((each for each in contexts if each["name"] == context), active)
-        config.load_kube_config(context=context, client_configuration=settings)
-    except config.ConfigException as error:
-        where = Path(config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION).expanduser()
+        by_name = {each["name"]: each for each in contexts}
+        if context is None or context in by_name:
+            config.load_kube_config(context=context, client_configuration=settings)
+    except (config.ConfigException, YAMLError, OSError, *NONSENSE) as error:
         if not where.exists():
             raise ClusterError(
                 f"no kubeconfig: {where} is not there; KUBECONFIG names another file"
             ) from None
-        raise ClusterError(f"kubeconfig {where}: {' '.join(str(error).split())}") from None
-    except (
-        OSError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as error:  # the client does not look before it reads
-        if isinstance(error, ClusterError):
-            raise
-        raise ClusterError(f"kubeconfig cannot be read: {' '.join(str(error).split())}") from None
+        raise ClusterError(f"kubeconfig {where} cannot be read: {_reason(error)}") from None
+    if context is not None and context not in by_name:
+        raise ClusterError(f"--context = {context!r}: allowed are {', '.join(by_name)}")
+    chosen = active if context is None else by_name[context]
     api = client.ApiClient(settings)
-    of_context = chosen["context"].get("namespace") or "default"
     return KubernetesCluster(
-        client.CoreV1Api(api), client.AppsV1Api(api), settings.host, namespace or of_context
+        client.CoreV1Api(api),
+        client.AppsV1Api(api),
+        settings.host,
+        namespace or chosen["context"].get("namespace") or "default",
     )
 
 
