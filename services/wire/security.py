@@ -59,6 +59,8 @@ SEED_BYTES = (32, 64)
 KEY_CHARACTERS = 40
 HANDSHAKE_S = 10
 """After which libzmq closes a connection whose handshake has not ended."""
+ZAP = "inproc://zeromq.zap.01"
+"""Where libzmq asks, one in a process."""
 TURN_S = 0.5
 LOG_INTERVAL_S = 10.0
 
@@ -194,7 +196,7 @@ class Doorkeeper:
             return False
         self._questions = zmq.Context.instance().socket(zmq.REP)
         self._questions.setsockopt(zmq.LINGER, 0)
-        self._questions.bind("inproc://zeromq.zap.01")
+        self._questions.bind(ZAP)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret)
         socket.setsockopt(zmq.ZAP_DOMAIN, self._keys.role.encode())
@@ -230,6 +232,7 @@ class Doorkeeper:
         if self._events is not None:
             self._events.close()
         if self._questions is not None:
+            self._questions.unbind(ZAP)  # at once; closing leaves it to another thread
             self._questions.close()
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
@@ -273,24 +276,33 @@ class Handshakes:
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH,
         )
         self._clock = clock
-        self._given_up: dict[str, float] = {}
-        self.trouble: str | None = None
-        """In a few words why nobody is connected, where it is not just that nobody is there."""
+        self._given_up_s: dict[str, float] = {}
+        self._trouble: str | None = None
 
-    def given_up(self, pause_s: float) -> list[str]:
-        """Endpoints that it is time to connect to anew, ``pause_s`` after libzmq gave them up."""
+    @property
+    def trouble(self) -> str | None:
+        """In a few words why the last handshake failed; None if it did not, or if nobody was there at all."""
+        self._look()
+        return self._trouble
+
+    def take_given_up(self, pause_s: float) -> list[str]:
+        """Endpoints that libzmq gave up ``pause_s`` ago: it is time to connect to them anew."""
+        self._look()
+        due_s = self._clock() - pause_s
+        due = [endpoint for endpoint, since_s in self._given_up_s.items() if since_s <= due_s]
+        for endpoint in due:
+            del self._given_up_s[endpoint]
+        return due
+
+    def _look(self) -> None:
         for event, value, endpoint in self._events.take():
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self.trouble = None
+                self._trouble = None
                 continue
-            self.trouble = f"handshake with {endpoint} failed: {why_failed(event, value)}"
+            self._trouble = f"handshake with {endpoint} failed: {why_failed(event, value)}"
             _log.warning("handshake_failed", endpoint=endpoint, error=why_failed(event, value))
             if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                self._given_up.setdefault(endpoint, self._clock() + pause_s)
-        due = [endpoint for endpoint, at_s in self._given_up.items() if at_s <= self._clock()]
-        for endpoint in due:
-            del self._given_up[endpoint]
-        return due
+                self._given_up_s.setdefault(endpoint, self._clock())
 
     def close(self) -> None:
         """After the socket has been closed."""

@@ -92,7 +92,7 @@ class _Socket:
 
     def _send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
         if self._handshakes is not None:
-            for endpoint in self._handshakes.given_up(RECONNECT_MAX_MS / 1000):
+            for endpoint in self._handshakes.take_given_up(RECONNECT_MAX_MS / 1000):
                 self._socket.disconnect(endpoint)
                 self._socket.connect(endpoint)
         if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):
