@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import urllib.parse
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import RequireTool
 from tests.integration.conftest import StartRun
-from tests.integration.system import START_S, STEPS_PER_UPDATE, Process, get
+from tests.integration.prometheus import running
+from tests.integration.system import START_S, STEPS_PER_UPDATE
 from tests.unit.learner.waiting import until
 
 pytestmark = pytest.mark.integration
-
-CONFIG = """\
-global: {{scrape_interval: 500ms, scrape_timeout: 500ms}}
-scrape_configs:
-  - job_name: impala
-    file_sd_configs: [{{files: ["{targets}"], refresh_interval: 1s}}]
-"""
 
 EVERYBODY = {("actor", "actor-0"): 1.0, ("learner", "learner"): 1.0, ("paramserver", "paramserver"): 1.0}
 MOVING = {
@@ -37,21 +28,17 @@ def test_a_prometheus_sees_all_roles_of_a_run_and_their_counters_move(
     prometheus = require_tool("prometheus")
     run = start_run("--total_steps", "1000000000")
     until((run.run_dir / "targets.json").exists, "targets.json", START_S)
-    config = tmp_path / "prometheus.yml"
-    config.write_text(CONFIG.format(targets=run.run_dir / "targets.json"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(prometheus), f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
-    server = Process([*command, f"--web.listen-address=127.0.0.1:{port}"], tmp_path / "prometheus.log")
+    targets = {"files": [str(run.run_dir / "targets.json")], "refresh_interval": "1s"}
+    config = {
+        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
+        "scrape_configs": [{"job_name": "impala", "file_sd_configs": [targets]}],
+    }
+    with running(prometheus, config, tmp_path) as server:
 
-    def query(expression: str) -> dict[tuple[str, str], float]:
-        """(role, pod) -> value."""
-        status, body = get(port, f"/api/v1/query?query={urllib.parse.quote(expression)}")
-        result = json.loads(body)["data"]["result"] if status == 200 else []
-        return {(each["metric"]["role"], each["metric"]["pod"]): float(each["value"][1]) for each in result}
+        def query(expression: str) -> dict[tuple[str, str], float]:
+            """(role, pod) -> value."""
+            return {(labels["role"], labels["pod"]): value for labels, value in server.query(expression)}
 
-    try:
         until(lambda: query("up") == EVERYBODY, "all are up", START_S)
         run.train_until(10 * STEPS_PER_UPDATE)
         for role, metrics in MOVING.items():
@@ -60,5 +47,3 @@ def test_a_prometheus_sees_all_roles_of_a_run_and_their_counters_move(
                 first = until(lambda: query(metric).get(pod), metric)  # noqa: B023
                 until(lambda: query(metric)[pod] > first, f"{metric} moves on from {first}")  # noqa: B023
         assert query("count by (role, pod) (impala_build_info)") == EVERYBODY
-    finally:
-        server.end()
