@@ -1,0 +1,195 @@
+"""The cluster of KUBECONFIG through kubectl, and one namespace of it.
+
+Everything has a deadline. Metrics come through the API server's proxy and code runs in pods by
+`kubectl exec`, so that nothing but KUBECONFIG is needed: no path of the node, no container engine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from services.ops.scrape import parse_metrics
+
+T = TypeVar("T")
+
+POLL_S = 0.25
+COMMAND_S = 60.0
+LOG_LINES = 25
+MAX_LOGS = 6
+METRICS_PORT = 9400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pod:
+    """What the tests ask about a pod."""
+
+    name: str
+    uid: str
+    role: str
+    """Its label app.kubernetes.io/component."""
+    node: str
+    image: str
+    phase: str
+    is_running: bool
+    is_ready: bool
+    is_ending: bool
+    restarts: int
+    trouble: str
+    """Why its container waits or has ended, if it does."""
+
+    @staticmethod
+    def read(manifest: dict[str, Any]) -> Pod:
+        """Of one item of `kubectl get pods -o json`; all our pods have one container."""
+        metadata, status = manifest["metadata"], manifest["status"]
+        container = (status.get("containerStatuses") or [{}])[0]
+        state = container.get("state", {})
+        conditions = {each["type"]: each["status"] for each in status.get("conditions", [])}
+        return Pod(
+            name=metadata["name"],
+            uid=metadata["uid"],
+            role=metadata.get("labels", {}).get("app.kubernetes.io/component", ""),
+            node=manifest["spec"].get("nodeName", ""),
+            image=manifest["spec"]["containers"][0]["image"],
+            phase=status["phase"],
+            is_running="running" in state,
+            is_ready=conditions.get("Ready") == "True",
+            is_ending="deletionTimestamp" in metadata,
+            restarts=container.get("restartCount", 0),
+            trouble=json.dumps({key: value for key, value in state.items() if key != "running"}),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a deleted pod came to its end."""
+
+    exit_code: int | None
+    """None if nobody saw it."""
+    seconds: float
+    """From the request to the pod's absence."""
+
+
+def run(
+    command: Iterable[str], stdin: str | None = None, timeout_s: float = COMMAND_S
+) -> subprocess.CompletedProcess[str]:
+    """A program's end, whatever its exit code."""
+    return subprocess.run(
+        list(command), input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = COMMAND_S) -> str:
+    """What kubectl prints; AssertionError if it fails."""
+    ended = run(["kubectl", *arguments], stdin, timeout_s)
+    assert ended.returncode == 0, f"kubectl {' '.join(arguments)}: {ended.stderr.strip()}\n{ended.stdout}"
+    return ended.stdout
+
+
+class Namespace:
+    """All that a test run has on the cluster."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = COMMAND_S) -> str:
+        return kubectl("--namespace", self.name, *arguments, stdin=stdin, timeout_s=timeout_s)
+
+    def get(self, *arguments: str) -> list[dict[str, Any]]:
+        """The items of `kubectl get`."""
+        items: list[dict[str, Any]] = json.loads(self.kubectl("get", *arguments, "--output=json"))["items"]
+        return items
+
+    def pods(self, selector: str = "") -> list[Pod]:
+        return [Pod.read(item) for item in self.get("pods", f"--selector={selector}")]
+
+    def metrics(self, pod: str) -> dict[str, float]:
+        """Series -> value; empty while the pod does not answer."""
+        path = f"/api/v1/namespaces/{self.name}/pods/{pod}:{METRICS_PORT}/proxy/metrics"
+        answer = run(["kubectl", "get", "--raw", path, "--request-timeout=5s"])
+        return parse_metrics(answer.stdout) if answer.returncode == 0 else {}
+
+    def python(self, pod: str, code: str) -> str:
+        """What a piece of Python prints inside the pod's container."""
+        return self.kubectl("exec", pod, "--", "python", "-c", code)
+
+    def delete(self, pod: Pod, *flags: str) -> End:
+        """Deletes a pod and looks on until it is gone."""
+        with _Watch(self.name, pod) as watch:
+            began_s = time.monotonic()
+            self.kubectl("delete", "pod", pod.name, *flags)
+            seconds = time.monotonic() - began_s
+        return End(exit_code=watch.exit_code, seconds=seconds)
+
+    def until(self, condition: Callable[[], T | None], what: str, timeout_s: float) -> T:
+        """The first value of ``condition()`` that is true; AssertionError if there is none in time."""
+        deadline_s = time.monotonic() + timeout_s
+        while not (value := condition()):
+            assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:g} s; last seen: {value!r}"
+            threading.Event().wait(POLL_S)
+        return value
+
+    def diagnosis(self) -> str:
+        """Pods, what has happened lately, and the last words of learners and of those that are not ready."""
+        mine = ["kubectl", "--namespace", self.name]
+        events = run([*mine, "get", "events", "--sort-by=.lastTimestamp"]).stdout.splitlines()
+        parts = [run([*mine, "get", "pods", "--output=wide"]).stdout, *events[-LOG_LINES:]]
+        shown = [pod for pod in self.pods() if pod.role == "learner" or not pod.is_ready]
+        for pod in shown[:MAX_LOGS]:
+            parts.append(f"\n--- {pod.name}: {pod.phase} {pod.trouble}")
+            for previous in ("true", "false"):
+                logs = [*mine, "logs", pod.name, f"--tail={LOG_LINES}", f"--previous={previous}"]
+                parts.append(run(logs).stdout)
+        return "\n".join(parts)
+
+
+class _Watch:
+    """Looks at a pod as long as it is there: the exit code of a deleted pod is nowhere to be read later."""
+
+    def __init__(self, namespace: str, pod: Pod) -> None:
+        self._uid = pod.uid
+        self._seen = threading.Event()
+        self.exit_code: int | None = None
+        self._process = subprocess.Popen(
+            ["kubectl", "--namespace", namespace, "get", "pod", pod.name, "--watch", "--output=json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._thread = threading.Thread(target=self._read, name="watch", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for manifest in _json_documents(self._process.stdout):
+            self._seen.set()
+            if manifest["metadata"]["uid"] != self._uid:
+                continue  # its successor of the same name
+            for container in manifest["status"].get("containerStatuses", []):
+                ended = container["state"].get("terminated")
+                if ended is not None:
+                    self.exit_code = ended["exitCode"]
+
+    def __enter__(self) -> _Watch:
+        assert self._seen.wait(COMMAND_S), "kubectl get --watch shows nothing"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(COMMAND_S)
+        self._thread.join(COMMAND_S)
+
+
+def _json_documents(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """kubectl prints indented documents one after the other; only the last line of each is a bare brace."""
+    document: list[str] = []
+    for line in lines:
+        document.append(line)
+        if line.rstrip("\n") == "}":
+            yield json.loads("".join(document))
+            document.clear()

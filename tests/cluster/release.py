@@ -1,0 +1,163 @@
+"""A release of the chart: installed, changed and looked at as a user does, with helm, kubectl and metrics."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.cluster.kube import Namespace, Pod, run
+
+CHART = Path(__file__).parents[2] / "helm"
+HELM_S = 120.0
+READY_S = 180.0
+"""A few cores import torch a dozen times, and that takes a while."""
+
+DEFAULTS: tuple[str, ...] = ()
+
+CATCH_RETURN = 'impala_episode_return{task="catch"}'
+SEATS = "impala_paramserver_seats"
+UPDATES = "impala_learner_updates_total"
+STEPS = "impala_learner_steps"
+MEMORY = "process_resident_memory_bytes"
+
+
+class Release:
+    """Its name contains "impala", so that it is also the beginning of its objects' names."""
+
+    def __init__(self, namespace: Namespace, name: str) -> None:
+        self.namespace = namespace
+        self.name = name
+        self.selector = f"app.kubernetes.io/instance={name},app.kubernetes.io/component!=test"
+
+    def helm(self, command: str, *flags: str, timeout_s: float = HELM_S) -> str:
+        """`helm COMMAND --namespace ... RELEASE FLAGS`."""
+        ended = run(["helm", command, "--namespace", self.namespace.name, self.name, *flags], None, timeout_s)
+        assert ended.returncode == 0, f"helm {command} {' '.join(flags)}: {ended.stderr}\n{ended.stdout}"
+        return ended.stdout
+
+    def install(self, *settings: str, values: str | None = None) -> None:
+        """With ``settings`` as of `--set`, and ``values`` as a file."""
+        self._apply("install", [*DEFAULTS, *settings], values)
+
+    def upgrade(self, *settings: str) -> None:
+        """With these changes to the values of the last time."""
+        self._apply("upgrade", settings, None, "--reuse-values")
+
+    def _apply(self, command: str, settings: Sequence[str], values: str | None, *flags: str) -> None:
+        sets = [word for setting in settings for word in ("--set", setting)]
+        file = [] if values is None else ["--values", "-"]
+        words = ["helm", command, "--namespace", self.namespace.name, self.name, str(CHART)]
+        ended = run([*words, *flags, *sets, *file], values, HELM_S)
+        assert ended.returncode == 0, f"helm {command} {' '.join(sets)}: {ended.stderr}"
+
+    def uninstall(self) -> None:
+        """And wait until its pods are gone. Its claim stays, and so do the pods of `helm test`."""
+        self.helm("uninstall")
+        self.namespace.until(
+            lambda: not self.namespace.pods(self.selector), f"all pods of {self.name} are gone", HELM_S
+        )
+
+    # --- what there is ---------------------------------------------------------------------------------
+
+    def pods(self, role: str | None = None) -> list[Pod]:
+        """Those that are not on their way out."""
+        pods = self.namespace.pods(self.selector)
+        return [pod for pod in pods if not pod.is_ending and role in (None, pod.role)]
+
+    def pod(self, role: str) -> Pod:
+        """The first of its role."""
+        pods = self.pods(role)
+        assert pods, f"{self.name} has no {role}"
+        return pods[0]
+
+    def metrics(self, role: str) -> dict[str, float]:
+        """Of the only learner or parameter server; empty while it does not answer."""
+        return self.namespace.metrics(f"{self.name}-{role}-0")
+
+    def seats(self) -> int | None:
+        """Actors that the parameter server knows; None while it does not answer."""
+        value = self.metrics("paramserver").get(SEATS)
+        return None if value is None else int(value)
+
+    def steps(self) -> float | None:
+        """Agent steps trained in this run; None while the learner does not answer."""
+        return self.metrics("learner").get(STEPS)
+
+    # --- what is waited for ----------------------------------------------------------------------------
+
+    def ready(self, **others: int) -> list[Pod] | None:
+        """All pods, if these are exactly a learner, a parameter server and ``others``, and all are ready."""
+        pods = self.namespace.pods(self.selector)
+        counts = Counter(pod.role for pod in pods)
+        as_wanted = counts == Counter(learner=1, paramserver=1) + Counter(others)
+        return pods if as_wanted and all(pod.is_ready for pod in pods) else None
+
+    def await_ready(self, **others: int) -> list[Pod]:
+        """Until that is so, as in ``await_ready(actor=8)``."""
+        what = f"a learner, a parameter server and {others} of {self.name} are ready"
+        return self.namespace.until(lambda: self.ready(**others), what, READY_S)
+
+    def await_seats(self, count: int, timeout_s: float = 90.0) -> None:
+        """Until exactly so many actors hold a seat."""
+        self.namespace.until(lambda: self.seats() == count, f"{count} seats of {self.name}", timeout_s)
+
+    def await_steps(self, above: float, timeout_s: float = 60.0) -> float:
+        """Until more than so many steps are trained; how many there are then."""
+
+        def trained() -> float | None:
+            steps = self.steps()
+            return steps if steps is not None and steps > above else None
+
+        return self.namespace.until(trained, f"more than {above:,.0f} steps of {self.name}", timeout_s)
+
+
+class Progress:
+    """Looks at the learner's steps all the time, in a thread: `with Progress(release) as progress`."""
+
+    def __init__(self, release: Release) -> None:
+        self._release = release
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self.samples: list[tuple[float, float]] = []
+        """(monotonic time, steps), whenever the learner answered."""
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            steps = self._release.steps()
+            if steps is not None:
+                self.samples.append((time.monotonic(), steps))
+            self._stopping.wait(0.25)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(30.0)
+
+    def longest_pause_s(self) -> float:
+        """Without a new record of steps."""
+        records = [self.samples[0]]
+        for sample in self.samples:
+            if sample[1] > records[-1][1]:
+                records.append(sample)
+        times = [time_s for time_s, _ in records] + [self.samples[-1][0]]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
+
+    def deepest_fall(self) -> float:
+        """Steps that were lost, at most, against the record until then."""
+        record, deepest = 0.0, 0.0
+        for _, steps in self.samples:
+            record = max(record, steps)
+            deepest = max(deepest, record - steps)
+        return deepest
+
+    def steps_per_s(self) -> float:
+        """From the first to the last look."""
+        (began_s, first), (ended_s, last) = self.samples[0], self.samples[-1]
+        return (last - first) / (ended_s - began_s)
