@@ -159,6 +159,8 @@ def run(load: Load, pods: Pods, rollouts: Sequence[Rollout]) -> Figures:
         swarm.leave()
         raise
     records = swarm.leave()
+    if len(records) < load.clients:
+        raise RuntimeError(f"{load.clients - len(records)} of {load.clients} clients have not reported")
     _explain(records)
     used_s = _children_cpu_s() - used_s
     sample()  # what is left when all have said goodbye

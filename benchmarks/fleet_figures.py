@@ -1,4 +1,4 @@
-"""What ``fleet`` reports, from the clients' records and the /metrics of the servers. No sockets, no clocks."""
+"""What ``fleet`` reports, from the clients' records and the /metrics of the servers. No sockets, no clock."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def spread(
 ) -> dict[str, float]:
     """From a version's publication until 50, 99 and 100 % of the clients held it, or a newer one.
 
-    Medians over the versions. Where nobody knows when a version was published, the clock starts when the first client has it.
+    Medians over the versions. Where nobody knows when a version was published, the clock starts when the
+    first client has it.
     """
     begun_s, ended_s = window_s
     known = published if published is not None else _first_seen(records)

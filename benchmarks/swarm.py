@@ -4,9 +4,6 @@ Every client has an actor's two sockets, its handshakes, its long poll with the 
 rollouts that were recorded once, under its own name, sequence and the policy version that it holds. One
 thread turns all clients of a process, because what is measured is the other side. ``fleet`` starts swarms and
 reads what they report; weights are taken, timed and thrown away. Never torch.
-
-At most ``CLIENTS_PER_PROCESS`` share a process: a client is two sockets, each with the two ends of its
-monitor, and libzmq has 1023 sockets in a context.
 """
 
 from __future__ import annotations
@@ -14,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import zmq
 
 from services.wire import codec
 from services.wire.messages import (
@@ -37,6 +37,8 @@ from services.wire.security import Keys, load_keys
 from services.wire.sockets import Requester, RolloutSender, wait
 
 CLIENTS_PER_PROCESS = 128
+SOCKETS_PER_CLIENT = 16
+"""Two, each with both ends of its monitor, and as many again that libzmq has yet to take apart."""
 TURN_S = 0.01
 """How often a client whose learner had no room tries again."""
 PROGRESS_S = 0.1
@@ -224,6 +226,9 @@ class Impostor:
 def live(names: Sequence[str], target: Target, rollouts: Sequence[Rollout], link: Connection) -> None:
     """The body of a process: ready, wait for the word, connect all at once, serve until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
+    zmq.Context.instance().set(zmq.MAX_SOCKETS, SOCKETS_PER_CLIENT * CLIENTS_PER_PROCESS)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     keys = load_keys(target.keys, "actor")
     link.send(None)
     try:
@@ -300,8 +305,11 @@ class Swarm:
     def progress(self) -> Progress:
         """The latest that all processes have told."""
         for number, link in enumerate(self._links):
-            while link.poll():
-                self._latest[number] = link.recv()
+            try:
+                while link.poll():
+                    self._latest[number] = link.recv()
+            except EOFError:
+                raise RuntimeError("a process of clients has died; its last words are above") from None
         told = self._latest.values()
         return Progress(
             ready=sum(each.ready for each in told),
@@ -315,7 +323,8 @@ class Swarm:
     def leave(self) -> list[Record]:
         """Say goodbye with all of them, and end the processes."""
         for link in self._links:
-            link.send("leave")
+            with contextlib.suppress(BrokenPipeError):
+                link.send("leave")
         records: list[Record] = []
         for link in self._links:
             records += self._last_words(link)
@@ -334,11 +343,12 @@ class Swarm:
             link.close()
 
     def _last_words(self, link: Connection) -> list[Record]:
-        while link.poll(END_S):
-            said = link.recv()
-            if isinstance(said, list):
-                return said
-        raise RuntimeError(f"a process of clients did not report within {END_S:g} s")
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while link.poll(END_S):
+                said = link.recv()
+                if isinstance(said, list):
+                    return said
+        return []
 
 
 @contextlib.contextmanager
