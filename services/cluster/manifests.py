@@ -11,8 +11,11 @@ import json
 from typing import Any
 
 from services.cluster.objects import ROLES, Exit, Pod, Workload
+from services.ops.pod import BAD_CONFIG, DIVERGED
 
 DEFAULT_METRICS_PORT = 9400
+OWN_EXITS = {BAD_CONFIG: "wrong configuration", DIVERGED: "training diverged"}
+"""What our pods mean by their exit codes; the next start would change nothing."""
 
 _Json = dict[str, Any]
 
@@ -133,8 +136,10 @@ def _trouble(status: _Json) -> str:
 
 def describe(ended: Exit) -> str:
     """``exit code 137 (OOMKilled): its last line``."""
-    reason = f" ({ended.reason})" if ended.reason not in ("", "Error", "Completed") else ""
-    return _joined(f"exit code {ended.code}{reason}", ended.message)
+    reason = ended.reason if ended.reason not in ("", "Error", "Completed") else OWN_EXITS.get(ended.code)
+    return _joined(
+        f"exit code {ended.code} ({reason})" if reason else f"exit code {ended.code}", ended.message
+    )
 
 
 def _joined(what: str, why: str | None) -> str:

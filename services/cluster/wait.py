@@ -11,13 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from services.cluster.manifests import describe
-from services.cluster.objects import Cluster, Exit, Pod, UnreachableError
+from services.cluster.manifests import OWN_EXITS, describe
+from services.cluster.objects import Cluster, UnreachableError
 from services.cluster.observer import Look, Observer
 from services.cluster.overview import Overview, overview
 from services.cluster.releases import find_release
 from services.ops.logging import EventLogger
-from services.ops.pod import BAD_CONFIG, DIVERGED
 
 Goal = Literal["complete", "ready"]
 
@@ -25,8 +24,6 @@ INTERVAL_S = 2.0
 TELL_INTERVAL_S = 30.0
 LOOP_RESTARTS = 3
 """A pod that has been started this often, and waits for its next start, is in a loop."""
-HOPELESS = {BAD_CONFIG: "has a wrong configuration", DIVERGED: "has diverged"}
-"""Exit codes of a learner whose next start would change nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +83,16 @@ def is_done(goal: Goal, seen: Overview) -> bool:
 
 
 def what_is_missing(goal: Goal, seen: Overview) -> str:
-    """In a few words, pods first."""
-    if seen.troubles:
-        worst = seen.troubles[0]
-        return f"{worst.count} {worst.role}: {worst.reason}"
-    if goal == "complete" and seen.training is not None:
+    """In a few words."""
+    missing = []
+    if goal == "ready":
+        late = (role for role in seen.roles if role.ready < role.desired or not role.is_settled)
+        missing += [f"{role.role} {role.ready} of {role.desired} ready" for role in late]
+    elif seen.training is not None:
         steps, total = seen.training.steps or 0, seen.training.run.total_steps
-        return f"{max(0, total - steps):,} of {total:,} steps" if steps < total else "the last checkpoint"
-    late = [role for role in seen.roles if role.ready < role.desired or not role.is_settled]
-    return (
-        ", ".join(f"{role.role} {role.ready} of {role.desired} ready" for role in late)
-        or "an answering learner"
-    )
+        missing.append(f"{total - steps:,} of {total:,} steps" if steps < total else "the last checkpoint")
+    missing += [f"{each.count} {each.role}: {each.reason}" for each in seen.troubles[:1]]
+    return "; ".join(missing) or "an answering learner"
 
 
 def why_hopeless(look: Look, cluster: Cluster) -> str | None:
@@ -109,9 +104,9 @@ def why_hopeless(look: Look, cluster: Cluster) -> str | None:
         if pod.role != "learner" or pod.is_running or pod.is_ready or ended is None:
             continue
         looping = pod.is_backing_off and pod.restarts >= LOOP_RESTARTS
-        if ended.code in HOPELESS or looping:
-            what = HOPELESS.get(ended.code, f"ends again and again ({pod.restarts} restarts)")
-            return f"{pod.name} {what}: {describe(_with_last_words(pod, cluster))}"
+        if ended.code in OWN_EXITS or looping:
+            ended = replace(ended, message=ended.message or cluster.last_log_line(pod) or "")
+            return f"{pod.name}, after {pod.restarts} restarts: {describe(ended)}"
     return None
 
 
@@ -130,8 +125,3 @@ def progress_fields(seen: Overview) -> dict[str, object]:
             "eta_s": None if training.eta_s is None else round(training.eta_s),
         }
     return {key: value for key, value in fields.items() if value is not None}
-
-
-def _with_last_words(pod: Pod, cluster: Cluster) -> Exit:
-    assert pod.last_exit is not None
-    return replace(pod.last_exit, message=pod.last_exit.message or cluster.last_log_line(pod) or "")

@@ -89,7 +89,7 @@ NO_IMAGE = {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulli
         ),
         (
             manifest(conditions=NOT_READY, statuses=[container(BACK_OFF, restarts=4, last=REFUSED)]),
-            "crash loop: exit code 2: batch_size = 0: allowed is 1",
+            "crash loop: exit code 2 (wrong configuration): batch_size = 0: allowed is 1",
         ),
         (
             manifest(conditions=NOT_READY, statuses=[container(RUNNING, restarts=1, last=KILLED)]),
