@@ -27,6 +27,7 @@ COMPUTED = (
     "run_id",
     "run_dir",
     "actors",
+    "actor.rollouts",
     "wire.learner_endpoints",
     "wire.learner_bind",
     "wire.paramserver_endpoint",

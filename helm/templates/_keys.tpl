@@ -26,14 +26,14 @@ pods' checksum would be that of another seed, and the first upgrade would restar
 {{- end -}}
 {{- end }}
 
-{{/* What a role mounts of the Secret: the seed, or its own secret and the public keys of those it talks to.
+{{/* What a role mounts of the Secret: the seed, or its own secret and the public keys of the others it meets.
 Takes a dict with root and keys: the role. */}}
 {{- define "impala.keysItems" -}}
 {{- if .root.Values.security.perRole.existingSecret -}}
 {{- $peers := dict
   "actor" (list "learner" "paramserver")
   "learner" (list "actor" "paramserver")
-  "paramserver" (list "actor" "learner" "evaluator" "paramserver")
+  "paramserver" (list "actor" "learner" "evaluator")
   "evaluator" (list "paramserver") -}}
 - {key: {{ .keys }}.secret, path: {{ .keys }}.secret}
 {{- range index $peers .keys }}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from services.wire import keygen, security
+from services.wire.security import Role
 from tests.chart.fake_api import api_with_secret
 from tests.chart.rendering import CASES, CHART, Object, find, helm, pod_of, pods, render
 
@@ -104,8 +107,22 @@ def test_with_a_key_pair_for_each_role_a_pod_holds_no_secret_but_its_own() -> No
     assert files(objects, "actor") == {"actor.secret", "learner.public", "paramserver.public"}
     assert files(objects, "learner") == {"learner.secret", "actor.public", "paramserver.public"}
     assert files(objects, "evaluator") == {"evaluator.secret", "paramserver.public"}
-    of_the_server = {f"{role}.public" for role in ("actor", "learner", "evaluator", "paramserver")}
+    of_the_server = {f"{role}.public" for role in ("actor", "learner", "evaluator")}
     assert files(objects, "paramserver") == files(objects, "relay") == {"paramserver.secret", *of_the_server}
+
+
+@pytest.mark.parametrize("role", ["actor", "learner", "paramserver", "evaluator"])
+@pytest.mark.parametrize("case", ["default", "keys-per-role"])
+def test_what_a_role_mounts_is_all_that_it_needs(case: str, role: Role, tmp_path: Path) -> None:
+    objects = render(*CASES[case], "--set", "evaluator.enabled=true")
+    made = keygen.new_keys(seed=case == "default")
+    for file in files(objects, role):
+        (tmp_path / file).write_text(made[file])
+
+    keys = security.load_keys(tmp_path, role)
+
+    assert keys is not None
+    assert keys.public.keys() == {role, *security.PEERS[role]}
 
 
 def test_the_actor_of_helm_test_has_the_keys_of_an_actor() -> None:

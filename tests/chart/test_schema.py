@@ -57,6 +57,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_is_allowed(value: str, 
         ("run_id", "mine"),
         ("run_dir", "/mine"),
         ("actors", 3),
+        ("actor.rollouts", 3),
         ("wire.learner_endpoints", ["tcp://a:1"]),
         ("wire.learner_bind", "tcp://*:1"),
         ("wire.paramserver_endpoint", "tcp://a:1"),
@@ -83,6 +84,7 @@ def test_all_other_knobs_of_a_run_may_be_set_to_their_defaults(tmp_path: Path) -
     values["wire"] = {key: value for key, value in values["wire"].items() if key in ("codec", "send_queue")}
     values["ops"] = {"log_level": "info"}
     del values["paramserver"]["upstream"]
+    del values["actor"]["rollouts"]
     file = tmp_path / "values.yaml"
     file.write_text(yaml.safe_dump({"config": values}))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from services import config
-from services.ops.metrics import ROLES
+from services.cluster.check import read_target
 from tests.chart.rendering import CASES, Object, config_json, find, pod_of, pods, render
 
 COMPONENTS = ("actor", "learner", "paramserver", "relay", "evaluator")
@@ -100,10 +100,11 @@ def test_helm_test_asks_every_role_for_its_own_metrics() -> None:
     assert asked("no-actors") == {learner, paramserver}
     assert asked("default") == {learner, paramserver, "actor=http://impala-actor:9400/metrics"}
     assert asked("everything") - asked("default") == {
-        "paramserver=http://impala-relay:9400/metrics",
+        "relay=http://impala-relay:9400/metrics",
         "evaluator=http://impala-evaluator:9400/metrics",
     }
-    assert {each.partition("=")[0] for each in asked("everything")} == set(ROLES)
+    targets = [read_target(each) for each in asked("everything")]  # as `impala metrics` reads them
+    assert {target.role for target in targets} == set(COMPONENTS)
 
 
 def test_helm_test_plays_with_few_environments_and_sends_to_the_running_learners() -> None:
