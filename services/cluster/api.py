@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yaml import YAMLError
 
 from services.cluster.manifests import error_message, read_pods, read_workloads
 from services.cluster.objects import Cluster, ClusterError, Pod, PodSilentError, UnreachableError, Workload
 from services.ops.scrape import MAX_SCRAPE_BYTES
+
+if TYPE_CHECKING:  # an extra, and slow to import
+    from kubernetes.client import ApiException
 
 LIST_TIMEOUT_S = (5.0, 30.0)
 """To connect, and between two bytes: the list of a thousand pods is large."""
@@ -95,7 +98,7 @@ class KubernetesCluster:
             )
             body: bytes = response.data
         except ApiException as error:
-            raise self._refusal(error.status, error.body) from None
+            raise self._refusal(error) from None
         except (HTTPError, OSError) as error:
             raise UnreachableError(f"cluster {self._host} does not answer: {_reason(error)}") from None
         return body
@@ -116,7 +119,7 @@ class KubernetesCluster:
             response.release_conn()
         except ApiException as error:
             if error.status in (401, 403):
-                raise self._refusal(error.status, error.body) from None
+                raise self._refusal(error) from None
             raise PodSilentError(error_message(error.body) or f"HTTP status {error.status}") from None
         except (HTTPError, OSError) as error:
             raise PodSilentError(_reason(error)) from None
@@ -141,15 +144,17 @@ class KubernetesCluster:
             return None
         return text.strip() or None
 
-    def _refusal(self, status: int | None, body: str | bytes | None) -> ClusterError:
-        message = error_message(body)
+    def _refusal(self, error: ApiException) -> ClusterError:
+        status, message = error.status, error_message(error.body)
+        if not status:  # how the client calls what TLS does not like
+            return UnreachableError(f"cluster {self._host} does not answer: {_reason(error)}")
         if status == 403:
             return ClusterError(f"no permission: {message}")
         if status == 401:
             return ClusterError(
                 f"cluster {self._host} does not accept the credentials of kubeconfig ({message})"
             )
-        if status == 429 or (status or 0) >= 500:
+        if status == 429 or status >= 500:
             return UnreachableError(f"cluster {self._host} cannot answer now (HTTP {status}): {message}")
         return ClusterError(f"cluster {self._host} refuses (HTTP {status}): {message}")
 

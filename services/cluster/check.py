@@ -100,5 +100,6 @@ def _ask(target: Target, timeout_s: float, read: Callable[[str, int, float], str
     role, wanted = builds[0]["role"], BUILT_AS.get(target.role, target.role)
     if role != wanted:
         return "", f"answers as {role}"
-    figures = [f"{name.removeprefix('impala_')}={scrape.get(name):g}" for name in FIGURES[target.role]]
+    values = {name.removeprefix("impala_"): scrape.get(name) for name in FIGURES[target.role]}
+    figures = [f"{name}={value:.0f}" for name, value in values.items() if value is not None]
     return " ".join([f"{target}:", f"version={builds[0]['version']}", *figures]), None

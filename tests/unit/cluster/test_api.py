@@ -140,6 +140,17 @@ def test_a_cluster_that_is_not_there_is_unreachable(tmp_path: Path, monkeypatch:
             connect().metrics(pod("learner-0"))
 
 
+@pytest.mark.usefixtures("kubeconfig")
+def test_a_server_without_the_certificate_that_is_asked_for_is_unreachable(
+    api: FakeApi, tmp_path: Path
+) -> None:
+    url = api.url.replace("http:", "https:")
+    write_kubeconfig(tmp_path / "kubeconfig", url)
+    with pytest.raises(UnreachableError, match=f"cluster {url} does not answer: .+") as raised:
+        connect().pods("demo")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_kubeconfig_that_is_missing_empty_or_nonsense_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

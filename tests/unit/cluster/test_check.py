@@ -31,7 +31,7 @@ def learner_text() -> str:
     pod = FakePod(LearnerMetrics)
     assert isinstance(pod.metrics, LearnerMetrics)
     pod.metrics.policy_version.set(12)
-    pod.metrics.steps.set(345)
+    pod.metrics.steps.set(34_500_000)
     return pod.text()
 
 
@@ -74,7 +74,7 @@ def test_every_role_that_answers_is_a_line_with_its_figures() -> None:
     assert code == 0
     first, second = output.splitlines()
     assert first.startswith("ok      learner at a:9400: version=")
-    assert first.endswith(" learner_policy_version=12 learner_steps=345 training_complete=0")
+    assert first.endswith(" learner_policy_version=12 learner_steps=34500000 training_complete=0")
     assert second.endswith(" paramserver_version=-1 paramserver_seats=0")
 
 
@@ -133,6 +133,11 @@ def test_somebody_elses_metrics_are_not_ours() -> None:
         1,
         "FAILED  learner at a:9400: answers, but is no pod of IMPALA: no impala_build_info\n",
     )
+
+
+def test_a_pod_of_another_version_may_lack_a_figure() -> None:
+    text = 'impala_build_info{role="learner",version="0.0.9"} 1.0\n'
+    assert checked([LEARNER], lambda *_: text) == (0, "ok      learner at a:9400: version=0.0.9\n")
 
 
 def test_a_real_pod_answers() -> None:

@@ -56,7 +56,7 @@ def kubeconfig(api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_package("kubernetes")
-@pytest.mark.usefixtures("kubeconfig")
+@pytest.mark.usefixtures("kubeconfig", "own_logging")
 def test_waiting_for_pods_ends_with_the_exit_code_that_scripts_rely_on(
     api: FakeApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +70,7 @@ def test_waiting_for_pods_ends_with_the_exit_code_that_scripts_rely_on(
 
 
 @needs_package("kubernetes")
-@pytest.mark.usefixtures("kubeconfig")
+@pytest.mark.usefixtures("kubeconfig", "own_logging")
 @pytest.mark.parametrize(
     "words", [["status"], ["wait"], ["status", "-n", "lab", "x"], ["wait", "--context", "here", "x"]]
 )

@@ -61,6 +61,7 @@ def test_json_is_one_object(release: Release, clock: FakeClock) -> None:
     assert read["roles"][2] == {"role": "actor", "desired": 2, "ready": 2, "restarts": 0, "is_settled": True}
 
 
+@pytest.mark.usefixtures("own_logging")
 def test_log_lines_go_on_until_somebody_stops_them_whatever_the_cluster_does(
     release: Release, clock: FakeClock
 ) -> None:
@@ -91,6 +92,7 @@ def test_live_it_repaints_and_leaves_the_last_picture_and_the_cursor(
     assert text.rstrip().endswith("\x1b[?25h"), "the cursor is visible again"
 
 
+@pytest.mark.usefixtures("own_logging")
 def test_what_the_user_can_mend_ends_it(release: Release, clock: FakeClock) -> None:
     release.cluster.failures = [None, ClusterError("no permission")]
     with pytest.raises(ClusterError, match="no permission"):
