@@ -111,7 +111,7 @@ def draw(url: str, out: Path, minutes: float, scrape_s: float, release: str) -> 
     start_s, step_s = end_s - 60 * minutes, max(1.0, 60 * minutes / POINTS)
     shown = panels()
     height = max(y + h for _, y, _, h in (panel.at for panel in shown))
-    figure = pyplot.figure(figsize=(19, 0.36 * height), layout="constrained")
+    figure = pyplot.figure(figsize=(19, 0.25 * height), layout="constrained")
     grid = figure.add_gridspec(height, COLUMNS)
     for panel in shown:
         x, y, width, tall = panel.at
@@ -127,6 +127,7 @@ def draw(url: str, out: Path, minutes: float, scrape_s: float, release: str) -> 
             for expression, legend in panel.queries
         ]
         _draw(axes, panel, answers, start_s)
+    figure.supxlabel("minutes", fontsize=8)
     figure.savefig(out, dpi=75)
     print(f"{out}: {len(shown)} panels over {minutes:g} minutes")
 
