@@ -146,6 +146,8 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             loop.run()
             if loop.has_sent_all:
                 lifecycle.stop(f"{config.actor.rollouts} rollouts sent")
+            elif config.actor.rollouts is not None and weights.state == "complete":
+                lifecycle.stop("training is complete, nobody takes rollouts")
             elif not lifecycle.stopping.is_set():  # the next life takes the new seat's tasks
                 lifecycle.stop(f"seat {weights.seat} instead of {seat}, with other tasks", 1)
         except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)

@@ -221,6 +221,8 @@ class ActorLoop:
         while not self._stopping.is_set():
             self._heartbeat.beat()
             if self._weights.state == "complete":  # nobody trains on what would be played now
+                if self._max_rollouts is not None:
+                    return
                 self._stopping.wait(IDLE_S)
                 continue
             for half in self._halves:

@@ -205,7 +205,7 @@ class ActorConfig(Section):
     weights_interval_s: NonNegativeFloat = 0.05
     """Least time between two requests for newer weights; bounds the bandwidth per actor."""
     rollouts: PositiveInt | None = None
-    """An actor that has sent so many ends with exit code 0, to try out a running system; null is never."""
+    """An actor that has sent so many, or finds training complete, ends with exit code 0; null is never."""
 
 
 class LearnerConfig(Section):

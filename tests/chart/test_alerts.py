@@ -291,7 +291,7 @@ def test_as_many_actors_are_expected_as_the_deployment_asks_for(
 
 def test_runbooks_may_be_anywhere(require_tool: RequireTool) -> None:
     base = "https://wiki.example.com/impala"
-    flags = ("--set", f"monitoring.rules.runbookBaseUrl={base}", "--skip-schema-validation")
+    flags = ("--set", f"monitoring.rules.runbookBaseUrl={base}")
     found = rule_object(require_tool("helm"), *flags)
     urls = [
         rule["annotations"]["runbook_url"]

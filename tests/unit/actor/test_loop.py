@@ -300,6 +300,17 @@ def test_a_loop_with_an_end_ends_with_the_unroll_that_reaches_it(max_rollouts: i
     assert not stopping.is_set()
 
 
+def test_a_loop_with_an_end_ends_at_once_when_training_is_complete() -> None:
+    stopping = threading.Event()
+    half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
+    outbox = Outbox(100, stopping)
+    weights = HeldWeights(state="complete")
+    loop = actor_loop([half], policy_of(), outbox, stopping, weights=weights, max_rollouts=1)
+    loop.run()
+    assert not outbox.messages
+    assert not loop.has_sent_all
+
+
 def test_a_learner_that_has_room_again_gets_the_very_rollout_that_waited() -> None:
     stopping = threading.Event()
 
