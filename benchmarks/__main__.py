@@ -1,7 +1,7 @@
 """The `make bench` command: which measurements there are, and for how long.
 
     parts     environment, inference and training on one core each, and the bound that follows from them
-    wire      bytes per agent step and microseconds per rollout, on real frames
+    wire      bytes per agent step and microseconds per rollout, on real frames; what encryption costs
     system    the whole of `impala train` on this machine: steps/s, memory, lag, bytes, against its bound
     fleet     the servers under hundreds of clients, with and without keys; `fleet --help`
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import curve
 from benchmarks.options import Options, heading, median_seconds, row
 from services import config as configuration
 from services.actor.loop import Half
@@ -44,7 +46,7 @@ def measure(options: Options) -> dict[str, float]:
         packer, unpacker = codec.Packer(name), codec.Unpacker()
 
         def pack(packer: codec.Packer = packer) -> list[list[Buffer]]:
-            return [codec.encode(rollout(half, n, packer)) for half in unrolls for n in range(ENVS)]
+            return pack_all(unrolls, packer)
 
         messages = pack()
 
@@ -72,7 +74,12 @@ def measure(options: Options) -> dict[str, float]:
             f"{config.unroll_length / unpack_s:,.0f}",
             f"{config.unroll_length / carry_s:,.0f}",
         )
-    return figures
+    return figures | curve.measure(pack_all(unrolls, codec.Packer(config.wire.codec)))
+
+
+def pack_all(unrolls: Sequence[Half], packer: codec.Packer) -> list[list[Buffer]]:
+    """A message for each environment of each unroll."""
+    return [codec.encode(rollout(half, n, packer)) for half in unrolls for n in range(ENVS)]
 
 
 def play(config: configuration.RunConfig, actions: Discrete) -> list[Half]:
