@@ -9,9 +9,20 @@ import pytest
 
 from services.paramserver.server import MAX_REFUSED_PEERS, REFUSAL_INTERVAL_S
 from services.paramserver.store import Snapshot
-from services.wire.codec import REASONS, encode
+from services.wire.codec import REASONS, decode, encode
 from services.wire.messages import PROTOCOL_VERSION, PackedArray, Refusal, Rollout, Weights
-from tests.unit.paramserver.harness import HOLD_S, LEASE_S, LIMIT, Node, client, only, publish, pull, root
+from tests.unit.paramserver.harness import (
+    EXPECTED,
+    HOLD_S,
+    LEASE_S,
+    LIMIT,
+    Node,
+    client,
+    only,
+    publish,
+    pull,
+    root,
+)
 
 V5 = Snapshot(version=5, steps=3200, state="training", payload=b"five")
 A, B = client("a"), client("b")
@@ -314,6 +325,35 @@ def test_each_reason_is_counted_under_its_name(node: Node) -> None:
     node.receive(b"4", [*encode(publish(6, payload=None)), bytes(LIMIT)])
     counts = {reason: node.count("refused_requests_total", reason=reason) for reason in REASONS}
     assert counts == {"malformed": 1, "protocol": 1, "run": 1, "oversized": 1, "schema": 0, "corrupt": 0}
+
+
+@pytest.mark.parametrize("role", ["actor", "evaluator", "paramserver", "", "Learner"])
+def test_who_has_proved_another_role_than_a_learners_publishes_nothing(node: Node, role: str) -> None:
+    node.pull(b"A", pull(A, have_version=5))
+    replies = node.server.handle(b"X", encode(publish(9)), node.now_s, role)
+    assert [reply.peer for reply in replies] == [b"X"]
+    refusal = decode(replies[0].frames, EXPECTED)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "role"
+    assert node.store.snapshot.version == 5
+    assert node.count("refused_requests_total", reason="role") == 1
+    assert node.count("publishes_total") == 0
+
+
+@pytest.mark.parametrize("role", ["learner", None])
+def test_a_learner_publishes_and_so_does_anybody_where_there_are_no_keys(
+    node: Node, role: str | None
+) -> None:
+    node.server.handle(b"X", encode(publish(9)), node.now_s, role)
+    assert node.store.snapshot.version == 9
+
+
+@pytest.mark.parametrize("role", ["actor", "learner", "evaluator", "paramserver"])
+def test_every_role_may_ask_for_weights(node: Node, role: str) -> None:
+    (reply,) = node.server.handle(b"X", encode(pull(A)), node.now_s, role)
+    answer = decode(reply.frames, EXPECTED)
+    assert isinstance(answer, Weights)
+    assert answer.payload is not None
 
 
 def test_messages_that_are_no_requests_are_refused(node: Node) -> None:
