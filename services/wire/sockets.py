@@ -37,6 +37,10 @@ KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
+CONNECT_MS = 3_000
+"""After which an attempt to connect is given up and made anew, which also asks the DNS again: who tries at the
+moment when a pod is replaced finds the address of the old one, which never answers, and the kernel alone would
+wait for it for two minutes."""
 WEIGHTS_BUFFER_BYTES = 256 * 1024
 ROLLOUTS_BUFFER_BYTES = 32 * 1024
 """Of the kernel, at each end of a connection over TCP. What waits there is policy lag that no queue counts:
@@ -53,6 +57,7 @@ class _Socket:
             zmq.MAXMSGSIZE: max_message_bytes,  # per frame; libzmq disconnects a peer that exceeds it
             zmq.RECONNECT_IVL: RECONNECT_MS,
             zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS,
+            zmq.CONNECT_TIMEOUT: CONNECT_MS,
             zmq.HANDSHAKE_IVL: HANDSHAKE_S * 1000,
             zmq.TCP_KEEPALIVE: 1,
             zmq.TCP_KEEPALIVE_IDLE: KEEPALIVE_IDLE_S,

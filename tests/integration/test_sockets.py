@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import zmq
 
+from services.wire import sockets
+from services.wire.security import Events
 from services.wire.sockets import RolloutReceiver, RolloutSender
 
 pytestmark = pytest.mark.integration
@@ -77,3 +82,24 @@ def test_an_address_in_use_is_named() -> None:
         pytest.raises(ValueError, match=rf"^wire.learner_bind = '{first.endpoint}': .*already in use"),
     ):
         RolloutReceiver(first.endpoint, queue=1, max_message_bytes=1024)
+
+
+@pytest.mark.parametrize(("connect_ms", "soon"), [(200, True), (0, False)])
+def test_an_address_that_does_not_answer_is_soon_tried_anew(
+    connect_ms: int, soon: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "CONNECT_MS", connect_ms)  # 0: the kernel alone, as if there were no timeout
+    with ExitStack() as opened:
+        silent = opened.enter_context(socket.socket())
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)  # a full queue: as of an address that nobody has, nothing comes back
+        for _ in range(4):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+        host, port = silent.getsockname()
+        sender = opened.enter_context(RolloutSender([f"tcp://{host}:{port}"], 1, 1024))
+        retried = Events(sender._socket, zmq.EVENT_CONNECT_RETRIED)
+        opened.callback(retried.close)
+        opened.callback(sender._socket.disable_monitor)
+        assert bool(retried.socket.poll(2000)) is soon
