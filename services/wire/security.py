@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import socket
 import struct
 import threading
 import time
@@ -178,7 +179,7 @@ class Doorkeeper:
         self._admitted = keys.admitted() if keys is not None else {}
         self._questions: zmq.Socket[bytes] | None = None
         self._events: Events | None = None
-        self._arrivals = Arrivals(HANDSHAKE_S + 1)
+        self._arrivals = Arrivals(HANDSHAKE_S + 1, address_of)
         self._why = ""
         self._log = get_logger("door").limited(LOG_INTERVAL_S)
 
@@ -219,13 +220,13 @@ class Doorkeeper:
         if self._questions is not None:  # before the events, which include what follows from the answers
             while self._questions.poll(0):
                 self._questions.send_multipart(self._answer(self._questions.recv_multipart()))
-        for event, value, _endpoint in self._events.take():
-            self._note(event, value)
-        for _ in range(self._arrivals.failed(time.monotonic())):
+        explained = sum(self._note(event, value) for event, value, _endpoint in self._events.take())
+        self._arrivals.no_news()
+        failed = self._arrivals.failed(time.monotonic())
+        for _ in range(failed):
             self._count("handshake")
-            # libzmq tells neither the peer's address nor, of what is no ZeroMQ at all, a reason
-            self._log.warning("handshake_failed", error=self._why or "the peer does not speak ZeroMQ")
-        self._why = ""
+        if failed > explained:
+            self._log.warning("handshake_failed", error="the peer does not speak ZeroMQ")
 
     def close(self) -> None:
         """After the guarded socket has been closed."""
@@ -245,15 +246,30 @@ class Doorkeeper:
         self._log.warning("unknown_key", address=address.decode(errors="replace"))
         return [version, request, b"400", b"unknown key", b"", b""]
 
-    def _note(self, event: int, value: int) -> None:
+    def _note(self, event: int, value: int) -> bool:
+        """Whether it explains why a handshake has failed."""
         if event == zmq.EVENT_ACCEPTED:
             self._arrivals.accepted(value, time.monotonic())
         elif event == zmq.EVENT_DISCONNECTED:
-            self._arrivals.ended(value)
+            address = self._arrivals.ended(value)
+            why, self._why = self._why, ""
+            if why:
+                self._log.warning("handshake_failed", address=address or "unknown", error=why)
+            return bool(why)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._arrivals.resolved()
         else:
-            self._why = why_failed(event, value)
+            self._why = why_failed(event, value)  # the end of that connection is told next
+        return False
+
+
+def address_of(connection: int) -> str | None:
+    """Of the peer, while this file descriptor is open; None if there is none."""
+    try:
+        with socket.fromfd(connection, socket.AF_INET, socket.SOCK_STREAM) as duplicate:
+            return str(duplicate.getpeername()[0])  # of the family that it really has
+    except (OSError, IndexError):
+        return None
 
 
 # --- who connects ------------------------------------------------------------------------------------

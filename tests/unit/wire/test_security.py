@@ -239,7 +239,8 @@ class Door:
     """Connections as libzmq reports them, and the failures that follow."""
 
     def __init__(self) -> None:
-        self.arrivals = Arrivals(handshake_s=10.0)
+        self.addresses: dict[int, str] = {}
+        self.arrivals = Arrivals(handshake_s=10.0, address_of=self.addresses.get)
         self.now_s = 100.0
 
     def failed(self) -> int:
@@ -294,6 +295,26 @@ def test_the_number_of_a_connection_may_come_again() -> None:
         door.accept(5)
         door.arrivals.ended(5)
     assert door.failed() == 3
+
+
+def test_the_address_of_a_connection_is_known_at_its_end_if_it_was_open_when_looked_up() -> None:
+    door = Door()
+    door.addresses |= {5: "10.0.0.5"}
+    door.accept(5)
+    door.arrivals.no_news()
+    door.addresses.clear()
+    assert door.arrivals.ended(5) == "10.0.0.5"
+    assert door.arrivals.ended(5) is None
+
+
+def test_an_address_that_may_be_the_next_connections_is_not_told() -> None:
+    door = Door()
+    door.addresses |= {5: "10.0.0.6"}  # the first one has ended by the time that it is looked up
+    door.accept(5)
+    assert door.arrivals.ended(5) is None
+    door.accept(5)
+    door.arrivals.no_news()
+    assert door.arrivals.ended(5) == "10.0.0.6"
 
 
 # --- the door ----------------------------------------------------------------------------------------
