@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from services.ops.scrape import parse_metrics
@@ -67,12 +68,11 @@ class Pod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How a deleted pod came to its end."""
+    """How the container of a deleted pod came to its end."""
 
-    exit_code: int | None
-    """None if nobody saw it."""
+    exit_code: int
     seconds: float
-    """From the request to the pod's absence."""
+    """Since the request, by the cluster's clocks, which show whole seconds."""
 
 
 def run(
@@ -121,10 +121,9 @@ class Namespace:
     def delete(self, pod: Pod, *flags: str) -> End:
         """Deletes a pod and looks on until it is gone."""
         with _Watch(self.name, pod) as watch:
-            began_s = time.monotonic()
             self.kubectl("delete", "pod", pod.name, *flags)
-            seconds = time.monotonic() - began_s
-        return End(exit_code=watch.exit_code, seconds=seconds)
+        assert watch.end is not None, f"nobody saw the end of {pod.name}"
+        return watch.end
 
     def until(self, condition: Callable[[], T | None], what: str, timeout_s: float) -> T:
         """The first value of ``condition()`` that is true; AssertionError if there is none in time."""
@@ -149,12 +148,12 @@ class Namespace:
 
 
 class _Watch:
-    """Looks at a pod as long as it is there: the exit code of a deleted pod is nowhere to be read later."""
+    """Looks at a pod as long as it is there: how a deleted pod ended is nowhere to be read later."""
 
     def __init__(self, namespace: str, pod: Pod) -> None:
         self._uid = pod.uid
         self._seen = threading.Event()
-        self.exit_code: int | None = None
+        self.end: End | None = None
         self._process = subprocess.Popen(
             ["kubectl", "--namespace", namespace, "get", "pod", pod.name, "--watch", "--output=json"],
             stdout=subprocess.PIPE,
@@ -168,12 +167,16 @@ class _Watch:
         assert self._process.stdout is not None
         for manifest in _json_documents(self._process.stdout):
             self._seen.set()
-            if manifest["metadata"]["uid"] != self._uid:
+            metadata = manifest["metadata"]
+            if metadata["uid"] != self._uid:
                 continue  # its successor of the same name
             for container in manifest["status"].get("containerStatuses", []):
                 ended = container["state"].get("terminated")
-                if ended is not None:
-                    self.exit_code = ended["exitCode"]
+                if ended is not None and "deletionTimestamp" in metadata:
+                    grace = timedelta(seconds=metadata["deletionGracePeriodSeconds"])
+                    asked = datetime.fromisoformat(metadata["deletionTimestamp"]) - grace
+                    took = datetime.fromisoformat(ended["finishedAt"]) - asked
+                    self.end = End(exit_code=ended["exitCode"], seconds=took.total_seconds())
 
     def __enter__(self) -> _Watch:
         assert self._seen.wait(COMMAND_S), "kubectl get --watch shows nothing"

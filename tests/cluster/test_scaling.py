@@ -1,0 +1,64 @@
+"""`helm upgrade --set actors=N` under load: actors come and go, and nobody else notices.
+
+Throughput is compared with what the learner trained before: while all cores are busy, more actors share the
+same cores and bring nothing, fewer cost nothing. So the most that removing actors may cost is their share.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cluster.conftest import ACTORS, Figures
+from tests.cluster.kube import Pod
+from tests.cluster.release import Progress, Release
+
+pytestmark = pytest.mark.cluster
+
+MEASURED_S = 8.0
+LONGEST_PAUSE_S = 5.0
+"""Of training: a dozen processes that import torch keep two cores busy."""
+NOISE = 0.75
+"""Of two measurements of the same throughput, as a ratio."""
+
+
+def identities(pods: list[Pod]) -> set[tuple[str, str, int]]:
+    return {(pod.name, pod.uid, pod.restarts) for pod in pods}
+
+
+def measure(release: Release) -> float:
+    """Agent steps trained per second."""
+    with Progress(release) as progress:
+        release.namespace.until(
+            lambda: progress.samples and progress.samples[-1][0] - progress.samples[0][0] > MEASURED_S,
+            "two looks at the learner",
+            timeout_s=4 * MEASURED_S,
+        )
+    return progress.steps_per_s()
+
+
+def test_actors_come_and_go_while_everybody_else_trains_on(release: Release, figures: Figures) -> None:
+    before = release.pods()
+    servants = identities([pod for pod in before if pod.role != "actor"])
+    actors = {count: identities(release.pods("actor")) for count in (ACTORS,)}
+    steps_per_s = {ACTORS: measure(release)}
+
+    for count in (8, 12, 4):
+        with Progress(release) as progress:
+            release.upgrade(f"actors={count}")
+            pods = release.await_ready(actor=count)
+            release.await_seats(count)
+        figures.note(
+            f"scaling to {count} actors: longest pause of training", f"{progress.longest_pause_s():.1f} s"
+        )
+        assert progress.longest_pause_s() < LONGEST_PAUSE_S
+        assert progress.deepest_fall() == 0
+
+        assert identities([pod for pod in pods if pod.role != "actor"]) == servants
+        actors[count] = identities([pod for pod in pods if pod.role == "actor"])
+        steps_per_s[count] = measure(release)
+        figures.note(f"agent steps trained per second with {count} actors", f"{steps_per_s[count]:,.0f}")
+
+    assert actors[ACTORS] <= actors[8] <= actors[12]
+    assert actors[4] <= actors[12]
+    assert steps_per_s[12] > NOISE * steps_per_s[8]
+    assert steps_per_s[4] > NOISE * 4 / 12 * steps_per_s[12]
