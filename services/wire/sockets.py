@@ -38,9 +38,9 @@ KEEPALIVE_PROBES = 3
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 CONNECT_MS = 3_000
-"""After which an attempt to connect is given up and made anew, which also asks the DNS again: who tries at the
-moment when a pod is replaced finds the address of the old one, which never answers, and the kernel alone would
-wait for it for two minutes."""
+"""After which an attempt to connect is given up and made anew, which also asks the DNS again: who tries while
+a pod is being replaced finds the address of the old one, which never answers, and the kernel alone would wait
+for it for two minutes."""
 WEIGHTS_BUFFER_BYTES = 256 * 1024
 ROLLOUTS_BUFFER_BYTES = 32 * 1024
 """Of the kernel, at each end of a connection over TCP. What waits there is policy lag that no queue counts:
