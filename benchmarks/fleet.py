@@ -153,8 +153,8 @@ def run(load: Load, pods: Pods, rollouts: Sequence[Rollout]) -> Figures:
                 published[version] = publish(version)
                 wait_until(lambda: swarm.progress().oldest_version >= version, ANSWER_S)  # noqa: B023
                 wait_until(lambda: False, PAUSE_S)
-            ended_s = time.monotonic()
             sample()
+            ended_s = time.monotonic()
     except BaseException:
         swarm.leave()
         raise
@@ -210,11 +210,13 @@ def _publisher(load: Load, pods: Pods, config: RunConfig) -> Iterator[Callable[[
                 payload=payload,
             )
             sent_s = time.monotonic()
-            sent = requester.send(codec.encode(message), ANSWER_S)
-            frames = requester.receive(ANSWER_S) if sent else None
+            while not requester.send(codec.encode(message), PAUSE_S):
+                if requester.trouble or time.monotonic() > sent_s + ANSWER_S:
+                    raise RuntimeError(f"version {version} could not be sent: {requester.trouble}")
+            frames = requester.receive(ANSWER_S)
             answer = None if frames is None else codec.decode(frames, expected)
             if not isinstance(answer, Published) or answer.version != version:
-                raise RuntimeError(f"version {version} was not taken: {answer or requester.trouble}")
+                raise RuntimeError(f"version {version} was not taken: {answer}")
             return sent_s
 
         yield publish

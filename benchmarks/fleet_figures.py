@@ -52,7 +52,7 @@ def figures_of(
     figures: Figures = {
         "clients": len(records),
         "answered": sum(math.isfinite(each.answered_s) for each in records),
-        "served": sum(math.isfinite(each.ready_s) for each in records),
+        "served": sum(each.ready_s <= window_s[0] for each in records),
         "seats_held": last.get("paramserver", "impala_paramserver_seats"),
         "seats_after_goodbyes": after.get("paramserver", "impala_paramserver_seats"),
         "seats_lost": sum(each.seats_lost for each in records),
@@ -108,6 +108,12 @@ def _first_seen(records: Sequence[Record]) -> dict[int, float]:
     return first
 
 
+def _rate(during: Sequence[Sample], role: str, name: str) -> float:
+    """The mean over the window, of what comes in bursts."""
+    first, last = during[0], during[-1]
+    return (last.get(role, name) - first.get(role, name)) / (last.time_s - first.time_s)
+
+
 def _per_second(during: Sequence[Sample], role: str, name: str) -> float:
     """The median over the seconds of the window."""
     rates = [
@@ -122,8 +128,8 @@ def _of_paramserver(first: Sample, during: Sequence[Sample], after: Sample) -> F
     role = "paramserver"
     full = 'impala_paramserver_pulls_total{result="full"}'
     return {
-        "paramserver_weights_per_s": _per_second(during, role, full),
-        "paramserver_mb_per_s": _per_second(during, role, "impala_paramserver_sent_bytes_total") / 1e6,
+        "paramserver_weights_per_s": _rate(during, role, full),
+        "paramserver_mb_per_s": _rate(during, role, "impala_paramserver_sent_bytes_total") / 1e6,
         "paramserver_refused": _grown(first, after, role, "impala_paramserver_refused_requests_total"),
         "paramserver_auth_failures": _grown(first, after, role, "impala_auth_failures_total"),
     }

@@ -44,6 +44,7 @@ TURN_S = 0.01
 PROGRESS_S = 0.1
 REFUSED_PAUSE_S = 2.0
 END_S = 20.0
+CONNECT, LEAVE = "connect", "leave"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,15 +233,15 @@ def live(names: Sequence[str], target: Target, rollouts: Sequence[Rollout], link
     keys = load_keys(target.keys, "actor")
     link.send(None)
     try:
-        link.recv()
+        if link.recv() != CONNECT:
+            return
         clients = [Impostor(name, target, keys, rollouts, first) for first, name in enumerate(names)]
         _turn(clients, link)
+        for client in clients:
+            client.leave()
+        link.send([client.record for client in clients])
     except (EOFError, BrokenPipeError):
-        return  # the parent is gone: so are the seats, when their leases end
-    for client in clients:
-        client.leave()
-    link.send([client.record for client in clients])
-    link.close()
+        return  # the parent is gone
 
 
 def _turn(clients: Sequence[Impostor], link: Connection) -> None:
@@ -299,7 +300,7 @@ class Swarm:
     def connect(self) -> float:
         """All of them, now: this is when."""
         for link in self._links:
-            link.send("connect")
+            link.send(CONNECT)
         return time.monotonic()
 
     def progress(self) -> Progress:
@@ -324,7 +325,7 @@ class Swarm:
         """Say goodbye with all of them, and end the processes."""
         for link in self._links:
             with contextlib.suppress(BrokenPipeError):
-                link.send("leave")
+                link.send(LEAVE)
         records: list[Record] = []
         for link in self._links:
             records += self._last_words(link)

@@ -1,0 +1,107 @@
+"""The load generator against a real parameter server and learner: whoever has keys is served, all at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fleet import Load, main, record, run
+from benchmarks.fleet_pods import Pods, make_keys, own_pods, scrape
+from tests.integration.system import REPOSITORY, START_S, environment
+from tests.unit.learner.waiting import until
+
+pytestmark = pytest.mark.integration
+
+NUM_CLIENTS = 32
+
+
+def test_32_clients_with_keys_are_served_and_nothing_is_refused(tmp_path: Path) -> None:
+    load = Load(clients=NUM_CLIENTS, seconds=3.0)
+    with own_pods("catch", make_keys(tmp_path / "keys"), with_learner=True) as pods:
+        figures = run(load, pods, record("catch"))
+    for what in ("answered", "served", "seats_held", "sending"):
+        assert figures[what] == NUM_CLIENTS, what
+    for what in (
+        "seats_lost",
+        "seats_after_goodbyes",
+        "paramserver_refused",
+        "rollouts_invalid",
+        "sequence_gaps",
+    ):
+        assert figures[what] == 0, what
+    assert figures["paramserver_auth_failures"] == figures["learner_auth_failures"] == 0
+    assert 0 < figures["rollouts_ok"] <= figures["sent"]
+    assert figures["rollouts_stale"] == 0
+    assert figures["new_version_50_s"] <= figures["new_version_100_s"] < 10
+
+
+def test_clients_with_keys_of_another_run_are_reported_as_not_served(tmp_path: Path) -> None:
+    ours, theirs = make_keys(tmp_path / "ours"), make_keys(tmp_path / "theirs")
+    load = Load(clients=4, seconds=1.0, ready_within_s=3.0)
+    with own_pods("catch", ours, with_learner=True) as pods:
+        figures = run(load, replace(pods, keys=theirs), record("catch"))
+    assert figures["answered"] == figures["served"] == figures["sending"] == figures["seats_held"] == 0
+    assert figures["rollouts_ok"] == 0
+    assert figures["paramserver_auth_failures"] >= 4
+
+
+def test_a_learner_with_keys_of_another_run_cannot_publish_in_its_place(tmp_path: Path) -> None:
+    ours, theirs = make_keys(tmp_path / "ours"), make_keys(tmp_path / "theirs")
+    load = Load(clients=1, seconds=1.0, weights_mb=0.1)
+    with own_pods("catch", ours, with_learner=False) as pods:
+        with pytest.raises(RuntimeError, match="could not be sent: handshake with"):
+            run(load, replace(pods, keys=theirs), [])
+        assert scrape(pods.metrics["paramserver"])["impala_paramserver_version"] == -1
+
+
+def test_new_weights_are_timed_from_their_publication(tmp_path: Path) -> None:
+    load = Load(clients=NUM_CLIENTS, seconds=2.0, weights_mb=1.0)
+    with own_pods("catch", make_keys(tmp_path / "keys"), with_learner=False) as pods:
+        figures = run(load, pods, [])
+    assert figures["served"] == NUM_CLIENTS
+    assert figures["versions"] > 1
+    assert 0 < figures["new_version_50_s"] <= figures["new_version_99_s"] <= figures["new_version_100_s"]
+
+
+def test_ctrl_c_ends_it_with_goodbyes_and_leaves_no_process(tmp_path: Path) -> None:
+    with own_pods("catch", None, with_learner=True) as pods:
+        assert pods.learner is not None
+        fleet = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "benchmarks", "fleet", "--clients", "8", "--seconds", "600"),
+                *("--endpoint-paramserver", pods.paramserver, "--endpoint-learner", pods.learner),
+                *("--metrics-paramserver", pods.metrics["paramserver"]),
+                *("--metrics-learner", pods.metrics["learner"], "--run-id", pods.run_id),
+            ],
+            env=environment(),
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            until(lambda: _seats(pods) == 8, "all sit", START_S)
+            fleet.send_signal(signal.SIGINT)
+            assert fleet.wait(30) == 130
+        finally:
+            fleet.kill()
+            fleet.wait()
+        until(lambda: _seats(pods) == 0, "all have said goodbye", 5.0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--endpoint-paramserver", "tcp://127.0.0.1:1"], ["--weights-mb", "1", "--endpoint-learner", "x"]],
+)
+def test_half_of_an_existing_system_is_refused(flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(flags)
+    assert refused.value.code == 2
+
+
+def _seats(pods: Pods) -> float:
+    return scrape(pods.metrics["paramserver"]).get("impala_paramserver_seats", 0.0)
