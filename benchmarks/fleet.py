@@ -43,6 +43,8 @@ from services.wire.sockets import Requester
 
 READY_S = 120.0
 """How long clients may take to have a seat and weights; who has none then is reported, not waited for."""
+SENDING_S = 30.0
+"""How long their first rollouts may take."""
 WARM_UP_S = 5.0
 SAMPLE_S = 1.0
 ANSWER_S = 60.0
@@ -140,8 +142,8 @@ def run(load: Load, pods: Pods, rollouts: Sequence[Rollout]) -> Figures:
             connected_s = swarm.connect()
             wait_until(everybody_is_ready, load.ready_within_s)
             print(f"{swarm.progress().ready} ready after {time.monotonic() - connected_s:.1f} s", flush=True)
-            if publish is None:
-                wait_until(lambda: swarm.progress().sending == load.clients, WARM_UP_S)
+            if publish is None and everybody_is_ready():
+                wait_until(lambda: swarm.progress().sending == load.clients, SENDING_S)
                 wait_until(lambda: False, WARM_UP_S)
             begun_s = time.monotonic()
             sample()
