@@ -63,6 +63,8 @@ HANDSHAKE_S = 10
 ZAP = "inproc://zeromq.zap.01"
 """Where libzmq asks, one in a process."""
 TURN_S = 0.5
+MOST_AT_ONCE = 1000
+"""Of what there is to do in a turn, so that no flood keeps one from its end."""
 LOG_INTERVAL_S = 10.0
 
 _log = get_logger("wire").limited(LOG_INTERVAL_S)
@@ -218,10 +220,16 @@ class Doorkeeper:
             poller.register(self._questions, zmq.POLLIN)
         poller.poll(round(timeout_s * 1000))
         if self._questions is not None:  # before the events, which include what follows from the answers
-            while self._questions.poll(0):
+            for _ in range(MOST_AT_ONCE):
+                if not self._questions.poll(0):
+                    break
                 self._questions.send_multipart(self._answer(self._questions.recv_multipart()))
-        explained = sum(self._note(event, value) for event, value, _endpoint in self._events.take())
-        self._arrivals.no_news()
+        taken = explained = 0
+        for event, value, _endpoint in itertools.islice(self._events.take(), MOST_AT_ONCE):
+            taken += 1
+            explained += self._note(event, value)
+        if taken < MOST_AT_ONCE:  # none was left after the last one had been noted
+            self._arrivals.no_news()
         failed = self._arrivals.failed(time.monotonic())
         for _ in range(failed):
             self._count("handshake")
