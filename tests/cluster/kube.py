@@ -10,7 +10,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -153,9 +153,11 @@ class _Watch:
     def __init__(self, namespace: str, pod: Pod) -> None:
         self._uid = pod.uid
         self._seen = threading.Event()
+        self._gone = threading.Event()
         self.end: End | None = None
+        path = f"/api/v1/namespaces/{namespace}/pods?watch=true&fieldSelector=metadata.name={pod.name}"
         self._process = subprocess.Popen(
-            ["kubectl", "--namespace", namespace, "get", "pod", pod.name, "--watch", "--output=json"],
+            ["kubectl", "get", "--raw", path],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -165,34 +167,33 @@ class _Watch:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for manifest in _json_documents(self._process.stdout):
+        for line in self._process.stdout:
+            event = json.loads(line)
             self._seen.set()
-            metadata = manifest["metadata"]
-            if metadata["uid"] != self._uid:
-                continue  # its successor of the same name
-            for container in manifest["status"].get("containerStatuses", []):
-                ended = container["state"].get("terminated")
-                if ended is not None and "deletionTimestamp" in metadata:
-                    grace = timedelta(seconds=metadata["deletionGracePeriodSeconds"])
-                    asked = datetime.fromisoformat(metadata["deletionTimestamp"]) - grace
-                    took = datetime.fromisoformat(ended["finishedAt"]) - asked
-                    self.end = End(exit_code=ended["exitCode"], seconds=took.total_seconds())
+            manifest = event["object"]
+            if manifest["metadata"]["uid"] == self._uid:  # not its successor of the same name
+                self.end = _end(manifest) or self.end
+                if event["type"] == "DELETED":
+                    self._gone.set()
 
     def __enter__(self) -> _Watch:
-        assert self._seen.wait(COMMAND_S), "kubectl get --watch shows nothing"
+        assert self._seen.wait(COMMAND_S), "the watch shows nothing"
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._gone.wait(COMMAND_S)
         self._process.terminate()
         self._process.wait(COMMAND_S)
         self._thread.join(COMMAND_S)
 
 
-def _json_documents(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """kubectl prints indented documents one after the other; only the last line of each is a bare brace."""
-    document: list[str] = []
-    for line in lines:
-        document.append(line)
-        if line.rstrip("\n") == "}":
-            yield json.loads("".join(document))
-            document.clear()
+def _end(manifest: dict[str, Any]) -> End | None:
+    metadata = manifest["metadata"]
+    containers = manifest["status"].get("containerStatuses") or [{}]
+    ended = containers[0].get("state", {}).get("terminated")
+    if ended is None or "deletionTimestamp" not in metadata:
+        return None
+    grace = timedelta(seconds=metadata["deletionGracePeriodSeconds"])
+    asked = datetime.fromisoformat(metadata["deletionTimestamp"]) - grace
+    took = datetime.fromisoformat(ended["finishedAt"]) - asked
+    return End(exit_code=ended["exitCode"], seconds=took.total_seconds())

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.cluster
 
 FORCED = ("--grace-period=0", "--force")
 PUBLISHED_S = 5.0
-"""A learner begins with the newest weights that there are: those of its checkpoint, which may be a minute old,
-or the parameter server's, which are much newer than this."""
+"""A learner begins with the newest weights that there are: those of its checkpoint, which may be a minute
+old, or the parameter server's, which are much newer than this."""
 
 
 @pytest.mark.parametrize("flags", [(), FORCED], ids=["politely", "at once"])
