@@ -15,7 +15,7 @@ from services.local import evaluate
 from services.rl.tasks import tasks_of
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
