@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, TypeVar
 
 from services.ops.scrape import parse_metrics
@@ -24,6 +24,7 @@ COMMAND_S = 60.0
 LOG_LINES = 25
 MAX_LOGS = 6
 METRICS_PORT = 9400
+TERMINATE = "date +%s && kill -TERM 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +69,11 @@ class Pod:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
-    """How the container of a deleted pod came to its end."""
+    """How a container came to its end."""
 
     exit_code: int
     seconds: float
-    """Since the request, by the cluster's clocks, which show whole seconds."""
+    """Since it was asked to, by the node's clock, in whole seconds."""
 
 
 def run(
@@ -118,12 +119,21 @@ class Namespace:
         """What a piece of Python prints inside the pod's container."""
         return self.kubectl("exec", pod, "--", "python", "-c", code)
 
-    def delete(self, pod: Pod, *flags: str) -> End:
-        """Deletes a pod and looks on until it is gone."""
-        with _Watch(self.name, pod) as watch:
-            self.kubectl("delete", "pod", pod.name, *flags)
-        assert watch.end is not None, f"nobody saw the end of {pod.name}"
-        return watch.end
+    def terminate(self, pod: Pod, timeout_s: float = COMMAND_S) -> End:
+        """SIGTERM, as the kubelet sends it; but of a deleted pod, nobody could read later how it ended."""
+        asked = run(["kubectl", "--namespace", self.name, "exec", pod.name, "--", "sh", "-c", TERMINATE])
+        asked_s = int(asked.stdout)  # kubectl itself may fail, because the container ends before the shell
+
+        def end() -> End | None:
+            manifest = json.loads(self.kubectl("get", "pod", pod.name, "--output=json"))
+            container = manifest["status"]["containerStatuses"][0]
+            ended = container["state"].get("terminated") or container["lastState"].get("terminated")
+            if container["restartCount"] == pod.restarts and "terminated" not in container["state"]:
+                return None
+            finished_s = datetime.fromisoformat(ended["finishedAt"]).timestamp()
+            return End(exit_code=ended["exitCode"], seconds=finished_s - asked_s)
+
+        return self.until(end, f"{pod.name} ends", timeout_s)
 
     def until(self, condition: Callable[[], T | None], what: str, timeout_s: float) -> T:
         """The first value of ``condition()`` that is true; AssertionError if there is none in time."""
@@ -145,55 +155,3 @@ class Namespace:
                 logs = [*mine, "logs", pod.name, f"--tail={LOG_LINES}", f"--previous={previous}"]
                 parts.append(run(logs).stdout)
         return "\n".join(parts)
-
-
-class _Watch:
-    """Looks at a pod as long as it is there: how a deleted pod ended is nowhere to be read later."""
-
-    def __init__(self, namespace: str, pod: Pod) -> None:
-        self._uid = pod.uid
-        self._seen = threading.Event()
-        self._gone = threading.Event()
-        self.end: End | None = None
-        path = f"/api/v1/namespaces/{namespace}/pods?watch=true&fieldSelector=metadata.name={pod.name}"
-        self._process = subprocess.Popen(
-            ["kubectl", "get", "--raw", path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self._thread = threading.Thread(target=self._read, name="watch", daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            event = json.loads(line)
-            self._seen.set()
-            manifest = event["object"]
-            if manifest["metadata"]["uid"] == self._uid:  # not its successor of the same name
-                self.end = _end(manifest) or self.end
-                if event["type"] == "DELETED":
-                    self._gone.set()
-
-    def __enter__(self) -> _Watch:
-        assert self._seen.wait(COMMAND_S), "the watch shows nothing"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._gone.wait(COMMAND_S)
-        self._process.terminate()
-        self._process.wait(COMMAND_S)
-        self._thread.join(COMMAND_S)
-
-
-def _end(manifest: dict[str, Any]) -> End | None:
-    metadata = manifest["metadata"]
-    containers = manifest["status"].get("containerStatuses") or [{}]
-    ended = containers[0].get("state", {}).get("terminated")
-    if ended is None or "deletionTimestamp" not in metadata:
-        return None
-    grace = timedelta(seconds=metadata["deletionGracePeriodSeconds"])
-    asked = datetime.fromisoformat(metadata["deletionTimestamp"]) - grace
-    took = datetime.fromisoformat(ended["finishedAt"]) - asked
-    return End(exit_code=ended["exitCode"], seconds=took.total_seconds())

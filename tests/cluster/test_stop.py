@@ -21,10 +21,10 @@ def expect_a_clean(end: End) -> None:
 
 
 @pytest.mark.parametrize("role", ["actor", "paramserver", "learner"])
-def test_a_deleted_pod_ends_soon_with_exit_code_0(release: Release, figures: Figures, role: str) -> None:
-    end = release.namespace.delete(release.pod(role))
+def test_a_pod_at_work_ends_soon_and_well(release: Release, figures: Figures, role: str) -> None:
+    end = release.namespace.terminate(release.pod(role))
 
-    figures.note(f"{role}: from kubectl delete pod to the end of its process", f"{end.seconds:.0f} s")
+    figures.note(f"{role}: from SIGTERM to the end", f"{end.seconds:.0f} s")
     expect_a_clean(end)
 
 
@@ -41,7 +41,7 @@ def new_actor(release: Release) -> Pod:
 
 
 def test_an_actor_that_has_just_begun_ends_as_soon(release: Release) -> None:
-    expect_a_clean(release.namespace.delete(new_actor(release)))
+    expect_a_clean(release.namespace.terminate(new_actor(release)))
 
 
 @pytest.fixture
@@ -64,4 +64,4 @@ def test_an_actor_that_waits_for_its_first_weights_ends_as_soon(release: Release
         60,
     )
 
-    expect_a_clean(release.namespace.delete(actor))
+    expect_a_clean(release.namespace.terminate(actor))
