@@ -113,7 +113,11 @@ class _WithoutCreated(Collector):
 
 
 class _Server(ThreadingHTTPServer):
-    """HTTP/1.0, one request a connection, a bounded number of them, each with a deadline."""
+    """HTTP/1.0, one request a connection, a bounded number of them, each with a deadline.
+
+    The newest one is always let in, and the oldest makes room for it: a probe is done in milliseconds, so
+    whoever holds all places shuts out nobody but himself.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -135,20 +139,27 @@ class _Server(ThreadingHTTPServer):
     def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002
         assert isinstance(request, socket.socket)
         with self._lock:
-            if len(self._open) >= MAX_CONNECTIONS:
-                return False
+            crowded_out = next(iter(self._open)) if len(self._open) >= MAX_CONNECTIONS else None
+            if crowded_out is not None:
+                del self._open[crowded_out]
             self._open[request] = time.monotonic()
-            return True
+        if crowded_out is not None:
+            self._cut_off(crowded_out)
+        return True
 
     def service_actions(self) -> None:
         oldest_s = time.monotonic() - CONNECTION_DEADLINE_S
         with self._lock:
             late = [request for request, since_s in self._open.items() if since_s < oldest_s]
-        for request in late:  # wakes the thread that reads from it, which then cleans up
-            try:
-                request.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                self._log.debug("connection_already_gone")
+        for request in late:
+            self._cut_off(request)
+
+    def _cut_off(self, request: socket.socket) -> None:
+        """Wakes the thread that reads from it, which then cleans up."""
+        try:
+            request.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            self._log.debug("connection_already_gone")
 
     def shutdown_request(self, request: object) -> None:
         assert isinstance(request, socket.socket)

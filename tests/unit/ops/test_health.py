@@ -3,6 +3,7 @@
 import http.client
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
@@ -130,13 +131,21 @@ def test_clients_that_never_finish_are_cut_off_and_their_places_free_again(
     slow = [connect(server) for _ in range(health.MAX_CONNECTIONS)]
     for client in slow:
         client.sendall(b"GET /met")
-    with connect(server) as one_too_many:
-        assert one_too_many.recv(1) == b""
     for client in slow:
         assert client.recv(1) == b""  # blocks until the deadline, and no longer than the socket's timeout
         client.close()
     assert get(server, "/healthz") == (200, "ok\n")
     server.close()
+
+
+def test_whoever_holds_all_places_keeps_no_probe_out(server: HealthServer) -> None:
+    with ExitStack() as held:
+        clients = [held.enter_context(connect(server)) for _ in range(2 * health.MAX_CONNECTIONS)]
+        for client in clients:
+            client.sendall(b"GET /met")
+        for _ in range(10):
+            assert get(server, "/healthz") == (200, "ok\n")
+        assert clients[0].recv(1) == b""  # the oldest have made room
 
 
 def test_a_readiness_check_that_fails_is_an_error_of_that_request_only(pod: FakePod) -> None:
