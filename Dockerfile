@@ -15,16 +15,23 @@ WORKDIR /tmp
 
 # The dependencies, at the versions of the lock file. They seldom change: layers of their own.
 FROM runtime AS packages
-ARG TORCH_INDEX_URL=
-ARG EXTRAS=
 ENV PIP_PYTHON=/opt/impala/bin/python PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 # What only a compiler and torch's own tests need is 200 MB, to be removed in the step that brings it.
-ENV TRIM_TORCH="cd /opt/impala/lib/python3.*/site-packages/torch && rm -r include test && find bin -type f ! -name torch_shm_manager -delete"
+ENV TRIM_TORCH="cd /opt/impala/lib/python3.*/site-packages/torch && rm -rf include test && find bin -type f ! -name torch_shm_manager -delete"
 WORKDIR /src
-COPY constraints.txt pyproject.toml ./
+COPY constraints.txt ./
+ARG TORCH_INDEX_URL=
+# pip is asked first, because a CUDA build would be gigabytes to download before anybody sees the mistake.
 RUN python3 -m venv --without-pip /opt/impala \
- && pip install -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch \
- && eval "$TRIM_TORCH"
+ && torch="-c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url $TORCH_INDEX_URL} torch" \
+ && pip install --dry-run $torch > plan.txt \
+ && if grep -q nvidia plan.txt; then \
+      echo "pip would install a CUDA build of torch, and actors run on CPUs; allowed is --build-arg TORCH_INDEX_URL=<of CPU builds>" >&2; \
+      exit 1; \
+    fi \
+ && pip install $torch && eval "$TRIM_TORCH"
+COPY pyproject.toml ./
+ARG EXTRAS=
 RUN python -c 'import sys, tomllib; \
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 extras = [name for name in sys.argv[1].split(",") if name]; \
@@ -41,8 +48,7 @@ RUN pip install --no-deps --prefix /opt/project .
 FROM runtime AS actor
 COPY --from=packages /opt/impala /opt/impala
 COPY --from=project /opt/project /opt/impala
-RUN impala --version && python -c 'import sys, torch; torch.version.cuda is None or sys.exit( \
-      f"torch {torch.__version__} is a CUDA build, and actors run on CPUs; allowed is --build-arg TORCH_INDEX_URL=<of a CPU build>")'
+RUN impala --version && python -c 'import torch; assert torch.version.cuda is None, torch.__version__'
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="impala-actor" \

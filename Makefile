@@ -4,6 +4,8 @@ ARGS ?=
 BIN := .venv/bin
 IMAGE_PREFIX ?=
 DOCKER_ARGS ?=
+TORCH_INDEX_URL ?=
+LEARNER_TORCH_INDEX_URL ?=
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -38,12 +40,14 @@ cluster-test: .venv/.installed ## run the tests against the cluster of KUBECONFI
 bench: .venv/.installed ## measure
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Legacy builders and clusters without a registry: make image DOCKER_ARGS=--network=host, with DOCKER_BUILDKIT=0.
-# Where a CPU build of torch comes from stands in the Dockerfile: DOCKER_ARGS="--build-arg TORCH_INDEX_URL=...".
+# The builds of torch come from where the Dockerfile says: make image TORCH_INDEX_URL=... LEARNER_TORCH_INDEX_URL=...
+# With a builder that is not BuildKit: make image DOCKER_ARGS=--network=host, and DOCKER_BUILDKIT=0 in the environment.
 image: ## build the container images impala-actor and impala-learner
 	@command -v docker >/dev/null || { echo 'make image: docker is not installed' >&2; exit 1; }
 	for target in actor learner; do \
 	    docker build --target $$target --tag $(IMAGE_PREFIX)impala-$$target:$(VERSION) \
+	        --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	        --build-arg LEARNER_TORCH_INDEX_URL=$(LEARNER_TORCH_INDEX_URL) \
 	        --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) $(DOCKER_ARGS) . || exit; \
 	done
 
