@@ -83,6 +83,15 @@ def scraped(actor: str = "1x40", learner: str = "1x40", paramserver: str = "1x40
     }
 
 
+def replaced(metric: str, *values: int, pod: str = "learner-0", **labels: str) -> dict[str, str]:
+    """Of a pod that is replaced every eight minutes: each time it has another address, and another value."""
+    series: dict[str, str] = {}
+    for life, value in enumerate(values):
+        samples = f"_x{8 * life} " * (life > 0) + f"{value}x7 stale"
+        series |= one(metric, samples, pod=pod, instance=f"10.0.0.{life}", **labels)
+    return series
+
+
 UPDATES = "impala_learner_updates_total"
 STARTED = "process_start_time_seconds"
 WAITED = "impala_learner_stage_seconds_sum"
@@ -93,6 +102,15 @@ NOT_FINITE = "impala_learner_nonfinite_updates_total"
 REFUSED = "impala_auth_failures_total"
 NO_UPDATE = "No update in the last 5 minutes, for more than 10 minutes."
 EVERYBODY = scraped()
+COMPLETED = {**dict.fromkeys(EVERYBODY, "1x9 stale"), **one(COMPLETE, "1x9 stale")}
+"""And then nobody of the release is left."""
+REINSTALLED = {
+    **COMPLETED,
+    **one("up", "_x10 1x60", role="paramserver", instance="new"),
+    **one("impala_paramserver_version", "_x10 5x60", role="paramserver", instance="new"),
+    **one(STARTED, "_x10 600x60", role="paramserver", instance="new"),
+}
+"""At once: there was no moment without a target."""
 
 
 def of(alert: str, *cases: tuple[str, Series, int, str, Mapping[str, str]]) -> list[Situation]:
@@ -114,6 +132,11 @@ SITUATIONS = [
             *(30, "It was started again 3 times in 30 minutes.", {}),
         ),
         (
+            "its pod is replaced again and again, and trains in between",
+            {**one(UPDATES, "0+9x40"), **replaced(STARTED, 0, 480, 960, 1440, role="learner")},
+            *(36, "It was started again 3 times in 30 minutes.", {}),
+        ),
+        (
             "a resumed run, whose last life was complete",
             {
                 **one(UPDATES, "0x40"),
@@ -131,8 +154,23 @@ SITUATIONS = [
             *(30, "", {}),
         ),
         (
+            "its pod is replaced twice",
+            {**one(UPDATES, "0+9x40"), **replaced(STARTED, 0, 480, 960, role="learner")},
+            *(36, "", {}),
+        ),
+        (
+            "several learners, each replaced once",
+            {
+                **one(UPDATES, "0+9x40"),
+                **replaced(STARTED, 0, 480, role="learner"),
+                **replaced(STARTED, 0, 481, pod="learner-1", role="learner"),
+                **replaced(STARTED, 0, 482, pod="learner-2", role="learner"),
+            },
+            *(30, "", {}),
+        ),
+        (
             "completed, and then removed",
-            {**one(UPDATES, "0x40"), **one(COMPLETE, "1x9 stale")},
+            {**one(UPDATES, "0x40"), **one("up", "1x40", role="paramserver"), **one(COMPLETE, "1x9 stale")},
             *(30, "", {}),
         ),
     ),
@@ -251,7 +289,13 @@ SITUATIONS = [
             one(GENERATION, "1x5 2x5 3x5 4x5 5x20"),
             *(26, "The group was formed anew 4 times in 30 minutes.", {}),
         ),
+        (
+            "four times, and each time the pod is another",
+            replaced(GENERATION, 1, 2, 3, 4, 5),
+            *(35, "The group was formed anew 4 times in 30 minutes.", {}),
+        ),
         ("twice", one(GENERATION, "1x5 2x5 3x30"), 26, "", {}),
+        ("the pod was replaced twice", replaced(GENERATION, 1, 2, 3), 26, "", {}),
     ),
     *of(
         "NonFiniteLoss",
@@ -294,6 +338,23 @@ SITUATIONS = [
             "one client died in its handshake",
             one(REFUSED, "0x10 1x30", role="paramserver", reason="handshake"),
             *(15, "", {}),
+        ),
+        (
+            "a stranger who speaks no ZeroMQ goes on for half an hour",
+            one(REFUSED, "0+1x40", role="learner", reason="handshake"),
+            32,
+            "The learner refused about 10 connections in 10 minutes (handshake).",
+            {"role": "learner", "reason": "handshake"},
+        ),
+        (
+            "256 spot actors are replaced in ten minutes",
+            one(REFUSED, "0x10 0+4x10 40x40", role="paramserver", reason="handshake"),
+            *(20, "", {}),
+        ),
+        (
+            "and an hour later once more",
+            one(REFUSED, "0+4x10 40x50 40+4x10 80x20", role="paramserver", reason="handshake"),
+            *(70, "", {}),
         ),
     ),
     *of(
@@ -338,6 +399,13 @@ SITUATIONS = [
             "completed, and the learner removed",
             {**EVERYBODY, **scraped(learner="1x9 stale"), **one(COMPLETE, "1x9 stale")},
             *(30, "", {}),
+        ),
+        (
+            "completed, uninstalled and installed again, and no learner comes",
+            REINSTALLED,
+            40,
+            "1 learner without metrics for 10 minutes; no other alert can judge it.",
+            {"role": "learner"},
         ),
     ),
 ]

@@ -17,13 +17,24 @@ import pytest
 import yaml
 
 from tests.chart.promql import ALERTS, CHART, HELM, KUBERNETES, known_names, names_in, rules, unknown_names
-from tests.chart.situations import COMPLETE, RELEASE, SITUATIONS, Situation, one
+from tests.chart.situations import (
+    COMPLETE,
+    COMPLETED,
+    REINSTALLED,
+    RELEASE,
+    SITUATIONS,
+    STARTED,
+    Situation,
+    one,
+    replaced,
+)
 from tests.conftest import RequireTool
 
 ROOT = HELM.parent
 RUNBOOKS = ROOT / "docs" / "runbooks.md"
 FILES = sorted(ALERTS.glob("*.yaml"))
 BY_NAME = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+REMEMBERED = "release:impala_training_complete:last"
 FIRING = [each for each in SITUATIONS if each.fires]
 
 
@@ -126,6 +137,73 @@ def test_an_alert_is_silent_once_training_is_complete_and_only_because_of_that(
     careless.write_text(rule.replace("release:impala_training_complete:last == 1", "vector(1) == 2"))
     for each in complete:
         assert check(promtool, [each], tmp_path, [careless, ALERTS / "recording.yaml"]), each.name
+
+
+@pytest.mark.parametrize(
+    ("series", "remembered"),
+    [
+        pytest.param(COMPLETED, False, id="uninstalled"),
+        pytest.param(
+            {**COMPLETED, **one("up", "1x9 0x40", role="actor")}, True, id="ended, and still a target"
+        ),
+        pytest.param(
+            {
+                **COMPLETED,
+                **one("up", "1x40", role="paramserver"),
+                **one(STARTED, "0x40", role="paramserver"),
+                **one(STARTED, "_x30 1800x9", role="actor"),
+            },
+            *(True,),
+            id="only the learner was removed, and actors come and go",
+        ),
+        pytest.param(
+            {**COMPLETED, **one("up", "_x20 0x40", role="paramserver")},
+            *(False,),
+            id="uninstalled, and another that does not start",
+        ),
+        pytest.param(REINSTALLED, False, id="installed again at once"),
+        pytest.param(
+            {**one(COMPLETE, "1x40"), **one(STARTED, "_x30 1800x9", role="paramserver")},
+            *(True,),
+            id="the parameter server was replaced",
+        ),
+    ],
+)
+def test_what_is_complete_is_remembered_as_long_as_it_is_the_same_release(
+    series: Mapping[str, str], remembered: bool, require_tool: RequireTool, tmp_path: Path
+) -> None:
+    promtool = require_tool("promtool")
+    for minute in (9, 31):
+        here = remembered or minute == 9
+        assert not recorded(promtool, tmp_path, REMEMBERED, series, 1 if here else None, minute)
+        assert recorded(promtool, tmp_path, REMEMBERED, series, None if here else 1, minute)
+
+
+def test_a_pod_that_was_replaced_counts_as_started_again(require_tool: RequireTool, tmp_path: Path) -> None:
+    series = replaced(STARTED, 0, 480, 960, role="learner")
+    name = "release_role:process_start_time_seconds:changes10m"
+    assert not recorded(require_tool("promtool"), tmp_path, name, series, 1, 15, role="learner")
+
+
+def recorded(
+    promtool: Path,
+    directory: Path,
+    name: str,
+    series: Mapping[str, str],
+    value: float | None,
+    minute: int,
+    **labels: str,
+) -> str:
+    """What promtool finds wrong if at that minute ``value``, or nothing, is expected to be recorded."""
+    inside = ",".join(f'{key}="{text}"' for key, text in {**RELEASE, **labels}.items())
+    expected = [] if value is None else [{"labels": f"{name}{{{inside}}}", "value": value}]
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": each, "values": values} for each, values in series.items()],
+        "promql_expr_test": [{"expr": name, "eval_time": f"{minute}m", "exp_samples": expected}],
+    }
+    files = [str(path) for path in FILES]
+    return evaluate(promtool, directory, {"rule_files": files, "evaluation_interval": "1m", "tests": [test]})
 
 
 def test_a_wrong_threshold_or_description_would_be_found(require_tool: RequireTool, tmp_path: Path) -> None:
@@ -303,7 +381,8 @@ def test_runbooks_may_be_anywhere(require_tool: RequireTool) -> None:
 
 
 def test_the_chart_brings_the_very_dashboards_for_grafanas_sidecar(require_tool: RequireTool) -> None:
-    found = rendered(require_tool("helm"), "templates/monitoring/dashboards.yaml")
+    flags = ("--set", "monitoring.dashboards.enabled=true")
+    found = rendered(require_tool("helm"), "templates/monitoring/dashboards.yaml", *flags)
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
     files = {path.name: json.loads(path.read_text()) for path in HELM.glob("dashboards/*.json")}
     assert {name: json.loads(text) for name, text in found["data"].items()} == files
