@@ -46,6 +46,14 @@ POSITIVE: Schema = {"type": "integer", "minimum": 1}
 OBJECT: Schema = {"type": "object"}
 OBJECTS: Schema = {"type": "array", "items": OBJECT}
 TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+LABELS: Schema = {**TEXTS, "propertyNames": {"not": {"pattern": r"^(app\.kubernetes\.io|helm\.sh)/"}}}
+OURS = (
+    "HOME",
+    "IMPALA__LEARNER__NUM_THREADS",
+    "IMPALA__PARAMSERVER__UPSTREAM",
+    "IMPALA__WIRE__PARAMSERVER_ENDPOINT",
+)
+"""Variables that the templates set. Twice in a list, and Kubernetes refuses the pod or takes either."""
 SIZE: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?([KMGTP]i?|k)?$"}
 QUANTITIES: Schema = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
 COUNT_OR_SHARE: Schema = {"anyOf": [COUNT, {"type": "string", "pattern": "^[0-9]{1,2}%$|^100%$"}]}
@@ -87,13 +95,20 @@ SHAPES: dict[str, Schema] = {
     "affinity": OBJECT,
     "tolerations": OBJECTS,
     "topologySpreadConstraints": OBJECTS,
-    "podLabels": TEXTS,
+    "podLabels": LABELS,
     "podAnnotations": TEXTS,
-    "extraEnv": OBJECTS,
+    "extraEnv": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {"name": {"description": "Of a variable.", "not": {"enum": OURS}}},
+        },
+    },
     "extraVolumes": OBJECTS,
     "extraVolumeMounts": OBJECTS,
     "podSecurityContext": OBJECT,
     "containerSecurityContext": OBJECT,
+    "terminationGracePeriodSeconds": POSITIVE,
     "networkPolicy.metricsFrom": OBJECTS,
     "podDisruptionBudget.learner": COUNT_OR_SHARE,
     "podDisruptionBudget.relay": COUNT_OR_SHARE,
@@ -102,10 +117,21 @@ SHAPES: dict[str, Schema] = {
     "autoscaling.maxActors": POSITIVE,
     "autoscaling.fallbackActors": POSITIVE,
     "autoscaling.pollingInterval": POSITIVE,
+    "autoscaling.authenticationRef": {
+        "type": "object",
+        "properties": {
+            "name": {"description": "Of the object.", "type": "string"},
+            "kind": {
+                "description": "Which it is.",
+                "enum": ["TriggerAuthentication", "ClusterTriggerAuthentication"],
+            },
+        },
+        "additionalProperties": False,
+    },
     "autoscaling.prometheusAddress": {"type": "string", "pattern": "^https?://"},
     "monitoring.podMonitor.interval": {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))+$"},
-    "labels": TEXTS,
-    "commonLabels": TEXTS,
+    "labels": LABELS,
+    "commonLabels": LABELS,
     "extraObjects": {"type": "array", "items": {"type": ["object", "string"]}},
 }
 """What a value may be, by its path or the last part of it; all others are switches and plain texts."""
@@ -173,6 +199,8 @@ def schema_of(leaves: list[tuple[str, Any, str]]) -> Schema:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "type": "object",
         "properties": properties,
+        # A null takes a default away, and these are looked into.
+        "required": [name for name, each in properties.items() if "properties" in each and name != "global"],
         "additionalProperties": False,
         "$defs": definitions,
     }

@@ -9,23 +9,23 @@ StatefulSet labels its pods with <fullname>-paramserver-<hash>, and 63 are allow
 Takes a dict with root and component. */}}
 {{- define "impala.selectorLabels" -}}
 app.kubernetes.io/name: impala
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
 {{/* Of all objects but pods and claims, which a new version of the chart alone must not touch.
-Takes the root, or a dict with root and component. */}}
+Takes the root, or a dict with root, and component or labels of the object's own. */}}
 {{- define "impala.labels" -}}
 {{- $root := .root | default . -}}
 app.kubernetes.io/name: impala
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
-{{- with $root.Values.commonLabels }}
+{{- with merge (deepCopy (.labels | default dict)) $root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}

@@ -1,20 +1,20 @@
 {{/* The name of the Secret with the keys. */}}
 {{- define "impala.keysName" -}}
 {{- with .Values.security -}}
+{{- if and .existingSecret .perRole.existingSecret -}}
+{{- fail (printf "security.existingSecret = %q, security.perRole.existingSecret = %q: allowed is one of them" .existingSecret .perRole.existingSecret) -}}
+{{- end -}}
 {{- .perRole.existingSecret | default .existingSecret | default (printf "%s-keys" (include "impala.fullname" $)) -}}
 {{- end -}}
 {{- end }}
 
-{{/* The data of that Secret, as JSON. The chart's own seed is drawn once, at the first install, and found by
+{{/* The data of the chart's own Secret, as JSON. The seed is drawn once, at the first install, and found by
 `lookup` ever after. It is put where every template of this rendering finds it again: drawn twice, the
 pods' checksum would be that of another seed, and the first upgrade would restart everybody. */}}
 {{- define "impala.keysData" -}}
 {{- if not (hasKey .Values.security "data") -}}
   {{- $data := (lookup "v1" "Secret" .Release.Namespace (include "impala.keysName" .)).data | default dict -}}
-  {{- if and (not $data) (include "impala.ownsKeys" .) -}}
-    {{- $data = dict "seed" (randAlphaNum 64 | b64enc) -}}
-  {{- end -}}
-  {{- $_ := set .Values.security "data" $data -}}
+  {{- $_ := set .Values.security "data" ($data | default (dict "seed" (randAlphaNum 64 | b64enc))) -}}
 {{- end -}}
 {{- .Values.security.data | toJson -}}
 {{- end }}

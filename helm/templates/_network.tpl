@@ -7,6 +7,22 @@
 {{- end }}
 {{- end }}
 
+{{/* All that pods may reach where egress is restricted. Policies see the port of the pod that answers, and
+OpenShift's DNS listens on 5353. */}}
+{{- define "impala.egress" -}}
+egress:
+  - to:
+      - podSelector:
+          matchLabels:
+            app.kubernetes.io/name: impala
+            app.kubernetes.io/instance: {{ .Release.Name | quote }}
+  - ports:
+      - {protocol: UDP, port: 53}
+      - {protocol: TCP, port: 53}
+      - {protocol: UDP, port: 5353}
+      - {protocol: TCP, port: 5353}
+{{- end }}
+
 {{/* What the policies of all roles have in common: whom they are for, and who reads metrics.
 Takes a dict with root and component; the template goes on with further rules of `ingress`. */}}
 {{- define "impala.networkPolicySpec" -}}
@@ -16,15 +32,7 @@ podSelector:
     {{- include "impala.selectorLabels" . | nindent 4 }}
 policyTypes: [Ingress{{ if $policy.restrictEgress }}, Egress{{ end }}]
 {{- if $policy.restrictEgress }}
-egress:
-  - to:
-      - podSelector:
-          matchLabels:
-            app.kubernetes.io/name: impala
-            app.kubernetes.io/instance: {{ .root.Release.Name }}
-  - ports:
-      - {protocol: UDP, port: 53}
-      - {protocol: TCP, port: 53}
+{{ include "impala.egress" .root }}
 {{- end }}
 ingress:
   - ports:

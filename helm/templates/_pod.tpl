@@ -8,16 +8,16 @@
 {{- define "impala.podMetadata" -}}
 labels:
   {{- include "impala.selectorLabels" . | nindent 2 }}
-  {{- with .root.Values.commonLabels }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
-  {{- with .settings.podLabels }}
+  {{- with merge (deepCopy (.settings.podLabels | default dict)) .root.Values.commonLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 annotations:
   checksum/config: {{ include "impala.config" .root | sha256sum }}
-  {{- if .root.Values.security.enabled }}
+  {{- if include "impala.ownsKeys" .root }}
   checksum/keys: {{ include "impala.keysData" .root | sha256sum }}
+  {{- else if .root.Values.security.enabled }}
+  # Not of its data: a Secret that came after the pods would restart them all at the next upgrade.
+  checksum/keys: {{ include "impala.keysName" .root | sha256sum }}
   {{- end }}
   {{- if .root.Values.monitoring.annotations }}
   prometheus.io/scrape: "true"
@@ -32,7 +32,10 @@ annotations:
 {{- define "impala.podSpec" -}}
 automountServiceAccountToken: false
 enableServiceLinks: false
-terminationGracePeriodSeconds: 30
+terminationGracePeriodSeconds: {{ int .root.Values.terminationGracePeriodSeconds }}
+{{- with .root.Values.serviceAccountName }}
+serviceAccountName: {{ . | quote }}
+{{- end }}
 securityContext:
   {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
 {{- with .root.Values.image.pullSecrets }}
@@ -55,9 +58,11 @@ topologySpreadConstraints:
 {{- end }}
 
 {{- define "impala.container" -}}
-image: {{ include "impala.image" . }}
+image: {{ include "impala.image" . | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 workingDir: /tmp
+# The last words of a process that fails are in its log.
+terminationMessagePolicy: FallbackToLogsOnError
 securityContext:
   {{- toYaml .root.Values.containerSecurityContext | nindent 2 }}
 {{- end }}
@@ -102,7 +107,7 @@ readinessProbe:
 {{- if .root.Values.security.enabled }}
 - name: keys
   secret:
-    secretName: {{ include "impala.keysName" .root }}
+    secretName: {{ include "impala.keysName" .root | quote }}
     defaultMode: 0440
     items:
       {{- include "impala.keysItems" . | nindent 6 }}
@@ -119,7 +124,7 @@ readinessProbe:
 {{- with .settings.persistence -}}
 {{- if and .enabled .existingClaim -}}
 - name: data
-  persistentVolumeClaim: {claimName: {{ .existingClaim }}}
+  persistentVolumeClaim: {claimName: {{ .existingClaim | quote }}}
 {{- else if not .enabled -}}
 - name: data
   emptyDir: {}
@@ -136,9 +141,9 @@ volumeClaimTemplates:
     spec:
       accessModes: {{ toJson .accessModes }}
       {{- with .storageClass }}
-      storageClassName: {{ . }}
+      storageClassName: {{ . | quote }}
       {{- end }}
-      resources: {requests: {storage: {{ .size }}}}
+      resources: {requests: {storage: {{ .size | quote }}}}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -1,4 +1,4 @@
-"""A Kubernetes API of one Secret, for `helm template --dry-run=server`: templates can look it up."""
+"""A Kubernetes API of a few objects, for `helm template --dry-run=server`: templates can look them up."""
 
 from __future__ import annotations
 
@@ -6,28 +6,36 @@ import contextlib
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import yaml
+
+from tests.chart.rendering import CHART, Object, helm
 
 KINDS = {
     "v1": ("Secret", "ConfigMap", "Service", "Pod"),
     "apps/v1": ("Deployment", "StatefulSet"),
     "networking.k8s.io/v1": ("NetworkPolicy",),
+    "keda.sh/v1alpha1": ("ScaledObject",),
 }
 """What there is; helm asks, and does not render what it cannot find."""
 
 
 def discovery() -> dict[str, dict[str, Any]]:
     """Path -> answer, of all that tells which kinds there are."""
-    groups = [version.partition("/")[0] for version in KINDS if "/" in version]
+    groups = [version for version in KINDS if "/" in version]
     answers: dict[str, dict[str, Any]] = {
         "/version": {"major": "1", "minor": "30", "gitVersion": "v1.30.0"},
         "/api": {"kind": "APIVersions", "versions": ["v1"]},
         "/apis": {
             "kind": "APIGroupList",
             "groups": [
-                {"name": name, "versions": [{"groupVersion": f"{name}/v1", "version": "v1"}]}
-                for name in groups
+                {
+                    "name": version.partition("/")[0],
+                    "versions": [{"groupVersion": version, "version": version.partition("/")[2]}],
+                }
+                for version in groups
             ],
         },
     }
@@ -44,23 +52,21 @@ def discovery() -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def api_with_secret(name: str, data: dict[str, str] | None) -> Iterator[str]:
-    """The address of an API in which namespace `there` has this Secret; with None it has none."""
-    metadata = {
-        "name": name,
-        "namespace": "there",
-        # Whose it is: helm does not take over what it has not made.
-        "labels": {"app.kubernetes.io/managed-by": "Helm"},
-        "annotations": {"meta.helm.sh/release-name": "impala", "meta.helm.sh/release-namespace": "there"},
-    }
+def api_with(*objects: Object) -> Iterator[str]:
+    """The address of an API in which namespace `there` has these objects of release impala."""
     answers = discovery()
-    if data is not None:
-        answers[f"/api/v1/namespaces/there/secrets/{name}"] = {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": metadata,
-            "data": data,
+    for each in objects:
+        version, name = each["apiVersion"], each["metadata"]["name"]
+        metadata = {
+            "name": name,
+            "namespace": "there",
+            # Whose it is: helm does not take over what it has not made.
+            "labels": {"app.kubernetes.io/managed-by": "Helm"},
+            "annotations": {"meta.helm.sh/release-name": "impala", "meta.helm.sh/release-namespace": "there"},
         }
+        root = f"/apis/{version}" if "/" in version else f"/api/{version}"
+        path = f"{root}/namespaces/there/{each['kind'].lower()}s/{name}"
+        answers[path] = {**each, "metadata": metadata}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -91,3 +97,14 @@ def api_with_secret(name: str, data: dict[str, str] | None) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def render_beside(*objects: Object, arguments: Sequence[str] = ()) -> list[Object]:
+    """What an upgrade renders in a cluster that has these."""
+    with api_with(*objects) as address:
+        done = helm(
+            *("template", "impala", str(CHART), "--namespace", "there", *arguments),
+            *("--dry-run=server", "--disable-openapi-validation", "--kube-apiserver", address),
+        )
+    assert done.returncode == 0, done.stderr
+    return [each for each in yaml.safe_load_all(done.stdout) if each]

@@ -38,6 +38,7 @@ ON = {
     "egress": ("--set", "networkPolicy.restrictEgress=true"),
     "pod-monitor": ("--set", "monitoring.podMonitor.enabled=true,monitoring.podMonitor.labels.release=mine"),
     "rules": ("--set", "monitoring.rules.enabled=true,monitoring.rules.labels.release=mine"),
+    "dashboards": ("--set", "monitoring.dashboards.enabled=true"),
     "paramserver-claim": ("--set", "paramserver.persistence.enabled=true"),
     "labels": ("--set", "commonLabels.team=rl,actor.podLabels.tier=cheap,learner.podAnnotations.note=mine"),
     "image": ("--set", "image.registry=registry.example.com/team,image.pullSecrets[0].name=mine"),
@@ -78,7 +79,7 @@ CASES: dict[str, Sequence[str]] = {
     "no-claim": ("--set", "learner.persistence.enabled=false"),
     "claim-of-mine": ("--set", "learner.persistence.existingClaim=mine"),
     "storage-class": ("--set", "learner.persistence.storageClass=fast,learner.persistence.size=1Ti"),
-    "unwatched": ("--set", "monitoring.annotations=false,monitoring.dashboards.enabled=false"),
+    "unwatched": ("--set", "monitoring.annotations=false"),
     "three-learners": ("--set", "learners=3", "--skip-schema-validation"),
     **{
         f"example-{path.stem}": (

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from services.ops.metrics import ROLES, metric_names
-from tests.chart.rendering import CASES, Object, find, render
+from tests.chart.rendering import CASES, Object, as_json, find, refusal, render
 from tests.conftest import find_tool
 
 OURS = 'namespace="there", release="impala"'
@@ -109,3 +109,23 @@ def test_keda_stays_between_the_bounds_and_has_a_number_for_when_prometheus_is_a
     assert spec["fallback"] == {"failureThreshold": 3, "replicas": 16}
     assert spec["triggers"][0]["metricType"] == "AverageValue"
     assert spec["triggers"][0]["metadata"]["threshold"] == "1"
+
+
+def test_no_more_than_the_most_may_be_the_least() -> None:
+    on = "autoscaling.enabled=true,autoscaling.maxActors=8,autoscaling.minActors"
+
+    assert "autoscaling.minActors = 9: allowed is autoscaling.maxActors = 8 at most" in refusal(
+        "--set", f"{on}=9"
+    )
+    assert render("--set", f"{on}=8")
+
+
+def test_keda_proves_who_it_is_where_prometheus_wants_to_know() -> None:
+    known = {"enabled": True, "authModes": "bearer", "authenticationRef": {"name": "prometheus"}}
+    spec = find(render(*as_json(autoscaling=known)), "ScaledObject", "impala-actor")["spec"]
+    (trigger,), (anonymous,) = spec["triggers"], scaled_object()["triggers"]
+
+    assert trigger["authenticationRef"] == {"name": "prometheus"}
+    assert trigger["metadata"]["authModes"] == "bearer"
+    assert trigger["metadata"].keys() - anonymous["metadata"].keys() == {"authModes"}
+    assert "authenticationRef" not in anonymous

@@ -7,25 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from services.wire import keygen, security
 from services.wire.security import Role
-from tests.chart.fake_api import api_with_secret
-from tests.chart.rendering import CASES, CHART, Object, find, helm, pod_of, pods, render
+from tests.chart.fake_api import render_beside
+from tests.chart.rendering import CASES, Object, find, pod_of, pods, refusal, render
 
 SEED = {"seed": base64.b64encode(b"s" * 64).decode()}
 
 
-def render_beside(secret: dict[str, str] | None, *arguments: str, name: str = "impala-keys") -> list[Object]:
-    """What an upgrade renders in a cluster that has this Secret, or none."""
-    with api_with_secret(name, secret) as address:
-        done = helm(
-            *("template", "impala", str(CHART), "--namespace", "there", *arguments),
-            *("--dry-run=server", "--disable-openapi-validation", "--kube-apiserver", address),
-        )
-    assert done.returncode == 0, done.stderr
-    return [each for each in yaml.safe_load_all(done.stdout) if each]
+def secret(data: dict[str, str], name: str = "impala-keys") -> Object:
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data}
 
 
 def checksums(objects: list[Object]) -> set[str]:
@@ -38,7 +30,7 @@ def checksums(objects: list[Object]) -> set[str]:
 
 def test_the_first_installation_draws_a_seed_of_64_characters_and_another_one_another() -> None:
     first, second = (
-        base64.b64decode(find(render_beside(None), "Secret", "impala-keys")["data"]["seed"]).decode()
+        base64.b64decode(find(render_beside(), "Secret", "impala-keys")["data"]["seed"]).decode()
         for _ in range(2)
     )
 
@@ -48,10 +40,10 @@ def test_the_first_installation_draws_a_seed_of_64_characters_and_another_one_an
 
 
 def test_an_upgrade_keeps_the_seed_and_restarts_nobody() -> None:
-    first = render_beside(None)
+    first = render_beside()
     seed = find(first, "Secret", "impala-keys")["data"]
 
-    upgraded = render_beside(seed)
+    upgraded = render_beside(secret(seed))
 
     assert find(upgraded, "Secret", "impala-keys")["data"] == seed
     assert checksums(upgraded) == checksums(first)
@@ -59,18 +51,34 @@ def test_an_upgrade_keeps_the_seed_and_restarts_nobody() -> None:
 
 
 def test_a_seed_that_was_lost_is_drawn_anew_and_restarts_everybody() -> None:
-    assert checksums(render_beside(None)).isdisjoint(checksums(render_beside(SEED)))
+    assert checksums(render_beside()).isdisjoint(checksums(render_beside(secret(SEED))))
+
+
+@pytest.mark.parametrize("value", ["security.existingSecret", "security.perRole.existingSecret"])
+def test_keys_of_the_user_are_never_copied_and_another_name_restarts_everybody(value: str) -> None:
+    beside = render_beside(secret(SEED, "mine"), arguments=("--set", f"{value}=mine"))
+    other = render_beside(secret(SEED, "other"), arguments=("--set", f"{value}=other"))
+
+    assert not [each for each in beside if each["kind"] == "Secret"]
+    assert len(checksums(beside)) == len(checksums(other)) == 1
+    assert checksums(beside).isdisjoint(checksums(other))
+    assert "ssss" not in str(beside)
 
 
 @pytest.mark.parametrize("value", ["security.existingSecret=mine", "security.perRole.existingSecret=mine"])
-def test_keys_of_the_user_are_never_copied_and_new_ones_restart_everybody(value: str) -> None:
-    before = render_beside(SEED, "--set", value, name="mine")
-    after = render_beside({"seed": "bmV3"}, "--set", value, name="mine")
+def test_a_secret_of_the_user_that_comes_after_the_pods_restarts_nobody(value: str) -> None:
+    before = render_beside(arguments=("--set", value))
+    after = render_beside(secret(SEED, "mine"), arguments=("--set", f"{value},actors=9"))
 
-    assert not [each for each in before if each["kind"] == "Secret"]
-    assert len(checksums(before)) == len(checksums(after)) == 1
-    assert checksums(before).isdisjoint(checksums(after))
-    assert "ssss" not in str(before)
+    assert checksums(before) == checksums(after)
+
+
+def test_a_seed_beside_a_key_pair_for_each_role_is_refused() -> None:
+    said = refusal("--set", "security.existingSecret=a,security.perRole.existingSecret=b")
+
+    assert (
+        'security.existingSecret = "a", security.perRole.existingSecret = "b": allowed is one of them' in said
+    )
 
 
 def keys_volume(objects: list[Object], component: str) -> Any:
@@ -84,11 +92,11 @@ def files(objects: list[Object], component: str) -> set[str]:
     return {item["path"] for item in items}
 
 
-@pytest.mark.parametrize(("case", "secret"), [("default", "impala-keys"), ("seed-of-mine", "mine")])
-def test_every_pod_mounts_the_seed_and_nothing_else_of_its_secret(case: str, secret: str) -> None:
+@pytest.mark.parametrize(("case", "name"), [("default", "impala-keys"), ("seed-of-mine", "mine")])
+def test_every_pod_mounts_the_seed_and_nothing_else_of_its_secret(case: str, name: str) -> None:
     for pod in pods(render(*CASES[case])):
         volume = {volume["name"]: volume for volume in pod.spec["volumes"]}["keys"]["secret"]
-        assert volume["secretName"] == secret
+        assert volume["secretName"] == name
         assert volume["items"] == [{"key": "seed", "path": "seed"}]
         assert {"name": "keys", "mountPath": "/etc/impala-keys", "readOnly": True} in pod.container[
             "volumeMounts"

@@ -23,7 +23,10 @@ def test_notes_say_how_to_watch_scale_test_and_stop(case: str) -> None:
     assert "impala status --namespace there impala" in text
     assert "helm test --namespace there impala" in text
     assert "helm uninstall --namespace there impala" in text
-    assert ("--set actors=N" in text) != ("autoscaling" in case or case == "everything")
+    assert "--reuse-values" not in text  # after an update of the chart it lacks the new values
+    assert ("CHART --reset-then-reuse-values --set actors=N" in text) != (
+        "autoscaling" in case or case == "everything"
+    )
     assert "<no value>" not in text
     assert "%!" not in text
     assert max(len(line) for line in text.splitlines()) <= 120

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.chart.rendering import CASES, Object, Pod, as_json, pod_of, pods, render
+from tests.chart.rendering import CASES, CHART, Object, Pod, as_json, pod_of, pods, render
 
 VOLUMES = {
     "configMap",
@@ -182,3 +183,74 @@ def test_the_image_is_put_together_from_registry_repository_and_tag_or_digest(va
         if pod.component != "learner":
             assert pod.container["image"] == image, pod.owner
     assert "impala-learner:0.1.0" in pod_of(objects, "learner").container["image"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "is_set"),
+    [
+        ({}, True),
+        ({"requests": {"cpu": None}}, False),
+        ({"requests": {"cpu": None}, "limits": {"cpu": "2"}}, True),
+        ({"requests": None, "limits": None}, False),
+    ],
+)
+def test_the_learner_goes_by_the_cpus_it_asks_for_and_by_the_nodes_where_it_asks_for_none(
+    resources: Object, is_set: bool
+) -> None:
+    env = pod_of(render(*as_json(learner={"resources": resources})), "learner").container["env"]
+
+    found = {each["name"]: each.get("valueFrom") for each in env}
+    assert ("IMPALA__LEARNER__NUM_THREADS" in found) is is_set
+    if is_set:
+        asked = {"resourceFieldRef": {"resource": "requests.cpu", "divisor": "1"}}
+        assert found["IMPALA__LEARNER__NUM_THREADS"] == asked
+
+
+def test_threads_of_the_configuration_are_not_overridden() -> None:
+    env = pod_of(render("--set", "config.learner.num_threads=3"), "learner").container["env"]
+
+    assert [each["name"] for each in env] == ["HOME"]
+
+
+def test_the_last_words_of_a_pod_that_fails_are_those_of_its_log() -> None:
+    for pod in pods(render(*CASES["everything"])):
+        assert pod.container["terminationMessagePolicy"] == "FallbackToLogsOnError", pod.owner
+
+
+def test_service_account_and_time_to_end_hold_for_all_pods() -> None:
+    given = render("--set", "serviceAccountName=reader,terminationGracePeriodSeconds=120")
+
+    assert {pod.spec["serviceAccountName"] for pod in pods(given)} == {"reader"}
+    assert {pod.spec["automountServiceAccountToken"] for pod in pods(given)} == {False}
+    assert {pod.spec["terminationGracePeriodSeconds"] for pod in pods(given)} == {120}
+    assert {pod.spec["terminationGracePeriodSeconds"] for pod in pods(render())} == {30}
+    assert not [pod for pod in pods(render()) if "serviceAccountName" in pod.spec]
+
+
+def test_the_users_of_an_openshift_namespace_are_left_to_openshift() -> None:
+    ids = ("runAsUser", "runAsGroup", "fsGroup")
+    recipe = ",".join(f"podSecurityContext.{name}=null" for name in ids)
+    assert recipe in " ".join((CHART / "README.md").read_text().split())
+
+    for pod in pods(render("--set", recipe)):
+        assert not set(ids) & pod.spec["securityContext"].keys()
+        assert not list(violations(pod)), pod.owner
+
+
+def test_a_label_of_a_role_takes_the_place_of_the_common_one() -> None:
+    objects = render("--set", "commonLabels.team=rl,actor.podLabels.team=games")
+
+    assert pod_of(objects, "actor").metadata["labels"]["team"] == "games"
+    assert pod_of(objects, "learner").metadata["labels"]["team"] == "rl"
+
+
+def test_texts_that_look_like_something_else_stay_texts(tmp_path: Path) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text("learner: {persistence: {existingClaim: '123'}}\nsecurity: {existingSecret: '1e3'}\n")
+    objects = render("--values", str(file), release="no")
+
+    volumes = {volume["name"]: volume for volume in pod_of(objects, "learner").spec["volumes"]}
+    assert volumes["data"]["persistentVolumeClaim"]["claimName"] == "123"
+    assert volumes["keys"]["secret"]["secretName"] == "1e3"
+    for each in objects:
+        assert each["metadata"]["labels"]["app.kubernetes.io/instance"] == "no"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from services import config
-from tests.chart.rendering import CHART, as_json, helm, refusal, render
+from tests.chart.rendering import CASES, CHART, as_json, helm, pods, refusal, render
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 
@@ -44,6 +44,14 @@ SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
             "config.optimiser.learning_rate=1e-4",
             "at '/config/optimiser/learning_rate': got string, want number",
         ),
+        ("config=null", "at '': missing property 'config'"),
+        ("learner=null", "at '': missing property 'learner'"),
+        ("commonLabels.app\\.kubernetes\\.io/component=x", "'app.kubernetes.io/component'"),
+        ("actor.podLabels.helm\\.sh/chart=x", "'helm.sh/chart'"),
+        ("actor.extraEnv[0].name=HOME", "at '/actor/extraEnv/0/name': 'not' failed"),
+        ("autoscaling.authenticationRef.nam=x", "additional properties 'nam' not allowed"),
+        ("terminationGracePeriodSeconds=0", "at '/terminationGracePeriodSeconds': minimum: got 0, want 1"),
+        ("image.actor.tag=7", "at '/image/actor/tag': got number, want string"),
         ("config.optimiser.name=sgd", "value must be one of 'rmsprop', 'rmsprop_tf', 'adam'"),
     ],
 )
@@ -93,6 +101,15 @@ def test_all_other_knobs_of_a_run_may_be_set_to_their_defaults(tmp_path: Path) -
 
 def test_a_value_of_the_default_may_be_taken_away() -> None:
     assert render(*as_json(podSecurityContext={"runAsUser": None}))
+
+
+def test_every_variable_that_the_templates_set_is_kept_from_extra_env() -> None:
+    refused = SCHEMA["properties"]["actor"]["properties"]["extraEnv"]["items"]["properties"]["name"]["not"][
+        "enum"
+    ]
+    ours = {each["name"] for pod in pods(render(*CASES["relays"])) for each in pod.container["env"]}
+
+    assert ours == set(refused)
 
 
 def test_the_chart_may_be_a_part_of_another(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.chart.fake_api import render_beside
 from tests.chart.rendering import CASES, CHART, Object, find, helm, manifest, pods, render
 
 KEPT = ("--set", "security.existingSecret=mine")
@@ -34,6 +35,23 @@ def test_with_autoscaling_nobody_but_keda_sets_the_number_of_actors() -> None:
         == []
     )
     assert "replicas" not in find(render(*CASES["autoscaling"]), "Deployment", "impala-actor")["spec"]
+
+
+@pytest.mark.parametrize("live", [0, 1, 256])
+def test_turning_autoscaling_on_keeps_the_actors_that_there_are(live: int) -> None:
+    metadata = {"name": "impala-actor"}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata,
+        "spec": {"replicas": live},
+    }
+
+    scaled = render_beside(deployment, arguments=CASES["autoscaling"])
+    fixed = render_beside(deployment, arguments=("--set", "actors=8"))
+
+    assert find(scaled, "Deployment", "impala-actor")["spec"]["replicas"] == live
+    assert find(fixed, "Deployment", "impala-actor")["spec"]["replicas"] == 8
 
 
 def test_another_configuration_restarts_every_pod() -> None:

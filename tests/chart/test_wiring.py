@@ -28,9 +28,9 @@ def test_every_selector_finds_the_pods_of_its_role_and_no_others(case: str) -> N
         selector = spec.get("selector", spec.get("podSelector", {}))
         labels = selector.get("matchLabels", selector if each["kind"] == "Service" else None)
         if labels is not None and each["kind"] != "PodMonitor":
-            assert selected(objects, labels) == [each["metadata"]["labels"]["app.kubernetes.io/component"]], (
-                each
-            )
+            assert set(selected(objects, labels)) == {
+                each["metadata"]["labels"]["app.kubernetes.io/component"]
+            }
 
 
 def test_services_of_two_releases_never_select_each_others_pods() -> None:
@@ -82,7 +82,13 @@ def test_every_address_that_a_pod_is_told_is_a_service_or_a_pod_behind_one(case:
 
 def test_learners_are_found_before_they_are_ready() -> None:
     assert find(render(), "Service", "impala-learner")["spec"]["publishNotReadyAddresses"] is True
-    assert find(render(), "StatefulSet", "impala-learner")["spec"]["podManagementPolicy"] == "Parallel"
+
+
+def test_a_pod_that_is_never_ready_does_not_stand_in_the_way_of_the_upgrade_that_mends_it() -> None:
+    sets = [each for each in render() if each["kind"] == "StatefulSet"]
+
+    assert {each["metadata"]["name"] for each in sets} == {"impala-learner", "impala-paramserver"}
+    assert {each["spec"].get("podManagementPolicy") for each in sets} == {"Parallel"}
 
 
 def test_there_is_exactly_one_parameter_server_whatever_is_asked_for() -> None:
@@ -110,8 +116,8 @@ def test_helm_test_asks_every_role_for_its_own_metrics() -> None:
 def test_helm_test_plays_with_few_environments_and_sends_to_the_running_learners() -> None:
     (container,) = find(render(*CASES["relays"]), "Pod", "impala-test-rollout")["spec"]["containers"]
 
-    assert container["args"] == ["actor", "--config", "/etc/impala/config.json", "--rollouts", "1"]
-    assert {"name": "IMPALA__ACTOR__NUM_ENVS", "value": "2"} in container["env"]
+    ours = ["actor", "--config", "/etc/impala/config.json", "--rollouts", "1", "--actor.num-envs", "2"]
+    assert container["args"] == ours
     assert {"name": "IMPALA__WIRE__PARAMSERVER_ENDPOINT", "value": "tcp://impala-relay:5556"} in container[
         "env"
     ]
@@ -174,8 +180,8 @@ ALLOWED = {
 def allowed(objects: list[Object]) -> set[tuple[str, str, int | None]]:
     found = set()
     for policy in (each for each in objects if each["kind"] == "NetworkPolicy"):
-        (to,) = selected(objects, policy["spec"]["podSelector"]["matchLabels"])
-        for rule in policy["spec"]["ingress"]:
+        (to,) = set(selected(objects, policy["spec"]["podSelector"]["matchLabels"]))
+        for rule in policy["spec"].get("ingress", ()):
             for peer in rule.get("from", [None]):
                 labels = peer and peer.get("podSelector", {}).get("matchLabels", {})
                 who = (
@@ -210,10 +216,36 @@ def test_egress_is_open_unless_it_is_to_be_the_release_and_dns_only() -> None:
 
     assert policy["policyTypes"] == ["Ingress"]
     assert strict["policyTypes"] == ["Ingress", "Egress"]
-    assert [port["port"] for port in strict["egress"][1]["ports"]] == [53, 53]
+    assert [(port["protocol"], port["port"]) for port in strict["egress"][1]["ports"]] == [
+        ("UDP", 53),
+        ("TCP", 53),
+        ("UDP", 5353),  # of OpenShift's DNS pods
+        ("TCP", 5353),
+    ]
     assert (
         strict["egress"][0]["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] == "impala"
     )
+
+
+def test_where_egress_is_restricted_helm_test_has_a_way_out_of_a_namespace_that_forbids_it() -> None:
+    strict = render(*CASES["egress"])
+    of_test = find(strict, "NetworkPolicy", "impala-test")["spec"]
+
+    assert of_test["policyTypes"] == ["Egress"]
+    assert of_test["egress"] == find(strict, "NetworkPolicy", "impala-actor")["spec"]["egress"]
+    assert "impala-test" not in [each["metadata"]["name"] for each in render()]
+
+
+def test_no_service_lists_all_actors_but_for_the_time_of_helm_test() -> None:
+    (service,) = [
+        each for each in render() if each["kind"] == "Service" and "actor" in each["metadata"]["name"]
+    ]
+
+    assert service["metadata"]["annotations"] == {
+        "helm.sh/hook": "test",
+        "helm.sh/hook-weight": "-1",  # before the pods
+        "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded",
+    }
 
 
 def test_annotations_name_the_port_of_the_metrics_and_can_be_left_out() -> None:
