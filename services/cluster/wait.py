@@ -24,6 +24,7 @@ INTERVAL_S = 2.0
 TELL_INTERVAL_S = 30.0
 LOOP_RESTARTS = 3
 """A pod that has been started this often, and waits for its next start, is in a loop."""
+WHO_MAY_READ = "where networkPolicy.metricsFrom is set, it must let in the API server"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ def wait(
                 if hopeless is not None:
                     log.error("given_up", release=release, reason=hopeless)
                     return 1
-                missing = what_is_missing(options.goal, seen)
+                missing = what_is_missing(options.goal, look, seen)
                 fields = {**progress_fields(seen), "missing": missing}
             now_s = clock()
             left_s = None if options.timeout_s is None else began_s + options.timeout_s - now_s
@@ -82,7 +83,7 @@ def is_done(goal: Goal, seen: Overview) -> bool:
     return seen.state == "complete" if goal == "complete" else seen.is_ready
 
 
-def what_is_missing(goal: Goal, seen: Overview) -> str:
+def what_is_missing(goal: Goal, look: Look, seen: Overview) -> str:
     """In a few words."""
     missing = []
     if goal == "ready":
@@ -92,6 +93,8 @@ def what_is_missing(goal: Goal, seen: Overview) -> str:
         steps, total = seen.training.steps or 0, seen.training.run.total_steps
         missing.append(f"{total - steps:,} of {total:,} steps" if steps < total else "the last checkpoint")
     missing += [f"{each.count} {each.role}: {each.reason}" for each in seen.troubles[:1]]
+    if goal == "complete" and any(pod.is_ready and pod.name in look.silent for pod in look.pods):
+        missing.append(WHO_MAY_READ)
     return "; ".join(missing) or "an answering learner"
 
 

@@ -138,6 +138,18 @@ def test_a_cluster_that_is_away_is_what_was_missing(waiting: Waiting) -> None:
     assert waiting.lines[-1][1]["missing"] == "cluster x does not answer"
 
 
+def test_a_ready_learner_whose_metrics_cannot_be_read_may_stand_behind_a_network_policy(
+    waiting: Waiting,
+) -> None:
+    del waiting.release.cluster.answers["learner-0"]
+    hint = "networkPolicy.metricsFrom"
+    assert waiting.run(timeout_s=0.0) == 1
+    assert hint in str(waiting.lines[-1][1]["missing"])
+    waiting.release.cluster.change("learner-0", is_ready=False)
+    assert waiting.run(timeout_s=0.0) == 1
+    assert hint not in str(waiting.lines[-1][1]["missing"])
+
+
 def test_a_permission_that_is_missing_is_not_waited_for(waiting: Waiting) -> None:
     waiting.release.cluster.failures = [ClusterError("no permission")]
     with pytest.raises(ClusterError, match="no permission"):
