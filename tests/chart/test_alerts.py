@@ -301,7 +301,7 @@ def rule_object(helm: Path, *flags: str) -> Any:
 
 
 def test_the_chart_brings_the_very_rules_that_were_tested(require_tool: RequireTool, tmp_path: Path) -> None:
-    found = rule_object(require_tool("helm"))
+    found = rule_object(require_tool("helm"), "--set", "monitoring.rules.runbookBaseUrl=docs/runbooks.md")
     assert found["kind"] == "PrometheusRule"
     *groups, configured = found["spec"]["groups"]
     assert groups == [group for path in FILES for group in yaml.safe_load(path.read_text())["groups"]]
@@ -367,17 +367,33 @@ def test_as_many_actors_are_expected_as_the_deployment_asks_for(
         assert configured_actors(require_tool("promtool"), tmp_path, found["spec"], other)
 
 
+def annotated(found: Any) -> dict[str, Mapping[str, str]]:
+    """Of every alert."""
+    rules = [rule for group in found["spec"]["groups"] for rule in group["rules"]]
+    return {rule["alert"]: rule["annotations"] for rule in rules if "alert" in rule}
+
+
 def test_runbooks_may_be_anywhere(require_tool: RequireTool) -> None:
-    base = "https://wiki.example.com/impala"
-    flags = ("--set", f"monitoring.rules.runbookBaseUrl={base}")
-    found = rule_object(require_tool("helm"), *flags)
-    urls = [
-        rule["annotations"]["runbook_url"]
-        for group in found["spec"]["groups"]
-        for rule in group["rules"]
-        if "alert" in rule
-    ]
-    assert sorted(urls) == sorted(f"{base}#{name.lower()}" for name in BY_NAME)
+    base = "https://wiki.example.com/$1/impala"
+    found = rule_object(require_tool("helm"), "--set", f"monitoring.rules.runbookBaseUrl={base}")
+    urls = {alert: each["runbook_url"] for alert, each in annotated(found).items()}
+    assert urls == {name: f"{base}#{name.lower()}" for name in BY_NAME}
+
+
+def test_alerts_link_nowhere_if_nobody_says_where_the_runbooks_are(require_tool: RequireTool) -> None:
+    found = rule_object(require_tool("helm"), "--set", "monitoring.rules.runbookBaseUrl=")
+    tested = {name: dict(rule["annotations"]) for name, rule in BY_NAME.items()}
+    for each in tested.values():
+        each.pop("runbook_url")
+    assert annotated(found) == tested
+
+
+def test_only_one_release_of_several_need_carry_what_is_for_all(require_tool: RequireTool) -> None:
+    carrier = rule_object(require_tool("helm"))
+    other = rule_object(require_tool("helm"), "--set", "monitoring.rules.shared=false")
+    assert len(carrier["spec"]["groups"]) > 1
+    (configured,) = other["spec"]["groups"]
+    assert configured == carrier["spec"]["groups"][-1]
 
 
 def test_the_chart_brings_the_very_dashboards_for_grafanas_sidecar(require_tool: RequireTool) -> None:
