@@ -76,7 +76,7 @@ def namespace() -> Iterator[Namespace]:
     yield namespace
     for name in run(["helm", "list", "--short", "--namespace", namespace.name]).stdout.split():
         run(["helm", "uninstall", name, "--namespace", namespace.name])
-    kubectl("delete", "namespace", namespace.name, "--timeout=120s", timeout_s=150)
+    kubectl("delete", "namespace", namespace.name, "--timeout=240s", timeout_s=270)
 
 
 @pytest.fixture(scope="session")

@@ -55,8 +55,11 @@ class Release:
         assert ended.returncode == 0, f"helm {command} {' '.join(sets)}: {ended.stderr}"
 
     def uninstall(self) -> None:
-        """And wait until its pods are gone. Its claim stays, and so do the pods of `helm test`."""
+        """Its pods end soon after; its claim and the pods of `helm test` stay."""
         self.helm("uninstall")
+
+    def await_gone(self) -> None:
+        """Until all pods of an uninstalled release are gone."""
         self.namespace.until(
             lambda: not self.namespace.pods(self.selector), f"all pods of {self.name} are gone", HELM_S
         )
@@ -91,7 +94,7 @@ class Release:
 
     def ready(self, **others: int) -> list[Pod] | None:
         """All pods, if these are exactly a learner, a parameter server and ``others``, and all are ready."""
-        pods = self.namespace.pods(self.selector)
+        pods = self.pods()
         counts = Counter(pod.role for pod in pods)
         as_wanted = counts == Counter(learner=1, paramserver=1) + Counter(others)
         return pods if as_wanted and all(pod.is_ready for pod in pods) else None

@@ -52,6 +52,7 @@ def test_wait_returns_when_training_is_complete_and_all_pods_stay_ready(release:
 def test_an_installation_on_the_kept_claim_is_complete_at_once(release: Release) -> None:
     trained = release.metrics("learner")[STEPS]
     release.uninstall()
+    release.await_gone()
     release.install(f"actors={ACTORS}", f"config.total_steps={TOTAL_STEPS}")
 
     assert wait(release) == 0
