@@ -286,6 +286,31 @@ def test_an_alert_says_how_bad_it_is_what_it_found_and_where_to_read_on(alert: s
     assert rule["annotations"]["summary"]
 
 
+def test_what_a_runbook_says_to_type_is_complete_and_the_chart_takes_it(require_tool: RequireTool) -> None:
+    commands = re.findall(r"helm upgrade [^`\n]*", RUNBOOKS.read_text())
+    assert len(commands) >= 4
+    for command in commands:
+        given = re.fullmatch(r"helm upgrade pong \./helm --reset-then-reuse-values --set (\S+)", command)
+        assert given, command
+        done = run(require_tool("helm"), "template", "pong", HELM, "--set", given[1].replace("=N", "=3"))
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_runbook_calls_objects_what_the_chart_calls_them(require_tool: RequireTool) -> None:
+    done = run(require_tool("helm"), "template", "pong", HELM)
+    objects = [each for each in yaml.safe_load_all(done.stdout) if each]
+    names = {each["metadata"]["name"] for each in objects}
+    for each in objects:
+        if each["kind"] == "StatefulSet":
+            pod = f"{each['metadata']['name']}-0"
+            names.add(pod)
+            claims = each["spec"].get("volumeClaimTemplates", [])
+            names |= {f"{claim['metadata']['name']}-{pod}" for claim in claims}
+    named = set(re.findall(r"[\w-]*pong-impala-\w[\w-]*", RUNBOOKS.read_text()))
+    assert "data-pong-impala-learner-0" in named
+    assert named <= names
+
+
 # ------------------------------------------------------------------------------------------- the chart's
 
 
