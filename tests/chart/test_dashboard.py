@@ -100,14 +100,23 @@ def test_the_dashboard_has_what_was_asked_for() -> None:
     }
     variables = {variable["name"]: variable for variable in CONTENT["templating"]["list"]}
     assert list(variables) == ["datasource", "namespace", "release"]
-    assert all(variables[name]["allValue"] == ".*" for name in ("namespace", "release"))
     assert CONTENT["uid"] == "impala"
     assert CONTENT["schemaVersion"] >= 39
 
 
+def test_one_release_is_shown_and_never_several_as_if_they_were_one() -> None:
+    """Each panel adds up or takes the largest: of two releases, that would be no figure of either."""
+    variables = {variable["name"]: variable for variable in CONTENT["templating"]["list"]}
+    for name in ("namespace", "release"):
+        assert not variables[name]["includeAll"]
+        assert not variables[name]["multi"]
+        assert not variables[name]["current"]
+    assert 'namespace=~"$namespace"' in variables["release"]["query"]["query"]
+
+
 def test_variables_become_what_grafana_makes_of_them() -> None:
     query = 'rate(x{release=~"$release"}[$__rate_interval])'
-    assert expanded(query, scrape_s=15, step_s=5) == 'rate(x{release=~".*"}[60000ms])'
+    assert expanded(query, scrape_s=15, step_s=5) == 'rate(x{release=~""}[60000ms])'
     assert expanded(query, scrape_s=15, step_s=120, release="pong") == 'rate(x{release=~"pong"}[135000ms])'
     with pytest.raises(KeyError):
         expanded("x[$__interval_of_nothing]", scrape_s=1, step_s=1)
