@@ -25,7 +25,7 @@ COLUMNS = 24
 """Of Grafana's grid."""
 POINTS = 240
 UNNAMED = ""
-"""What Grafana inserts where there is nothing to choose: it fits a run on one machine, which has no such label."""
+"""What Grafana inserts where there is nothing to choose. It fits a run on one machine: no such labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
