@@ -96,21 +96,20 @@ def test_there_is_exactly_one_parameter_server_whatever_is_asked_for() -> None:
         assert find(render(*case), "StatefulSet", "impala-paramserver")["spec"]["replicas"] == 1
 
 
-def test_helm_test_asks_every_role_for_its_own_metrics() -> None:
+def test_helm_test_asks_every_role_but_the_actors_for_its_own_metrics() -> None:
     def asked(case: str) -> set[str]:
         pod = find(render(*CASES[case]), "Pod", "impala-test-metrics")
         return {argument for argument in pod["spec"]["containers"][0]["args"] if "=http" in argument}
 
     learner = "learner=http://impala-learner:9400/metrics"
     paramserver = "paramserver=http://impala-paramserver:9400/metrics"
-    assert asked("no-actors") == {learner, paramserver}
-    assert asked("default") == {learner, paramserver, "actor=http://impala-actor:9400/metrics"}
+    assert asked("default") == {learner, paramserver}
     assert asked("everything") - asked("default") == {
         "relay=http://impala-relay:9400/metrics",
         "evaluator=http://impala-evaluator:9400/metrics",
     }
     targets = [read_target(each) for each in asked("everything")]  # as `impala metrics` reads them
-    assert {target.role for target in targets} == set(COMPONENTS)
+    assert {target.role for target in targets} == set(COMPONENTS) - {"actor"}
 
 
 def test_helm_test_plays_with_few_environments_and_sends_to_the_running_learners() -> None:
@@ -236,16 +235,10 @@ def test_where_egress_is_restricted_helm_test_has_a_way_out_of_a_namespace_that_
     assert "impala-test" not in [each["metadata"]["name"] for each in render()]
 
 
-def test_no_service_lists_all_actors_but_for_the_time_of_helm_test() -> None:
-    (service,) = [
-        each for each in render() if each["kind"] == "Service" and "actor" in each["metadata"]["name"]
-    ]
+def test_no_service_is_a_list_of_all_actors() -> None:
+    services = {each["metadata"]["name"] for each in render() if each["kind"] == "Service"}
 
-    assert service["metadata"]["annotations"] == {
-        "helm.sh/hook": "test",
-        "helm.sh/hook-weight": "-1",  # before the pods
-        "helm.sh/hook-delete-policy": "before-hook-creation,hook-succeeded",
-    }
+    assert services == {"impala-learner", "impala-paramserver"}
 
 
 def test_annotations_name_the_port_of_the_metrics_and_can_be_left_out() -> None:
