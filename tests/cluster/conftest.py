@@ -21,6 +21,8 @@ ACTORS = 4
 """Of the shared release."""
 LONG = "config.total_steps=2000000000"
 """Not complete before these tests are."""
+SMALL = "actor.resources.requests.cpu=50m"
+"""So that a dozen actors find room on two cores beside whatever else is there."""
 
 FIGURES = pytest.StashKey[list[tuple[str, str]]]()
 
@@ -82,7 +84,7 @@ def namespace() -> Iterator[Namespace]:
 @pytest.fixture(scope="session")
 def _shared(namespace: Namespace) -> Release:
     release = Release(namespace, "impala")
-    release.install(f"actors={ACTORS}", LONG)
+    release.install(f"actors={ACTORS}", LONG, SMALL)
     return release
 
 

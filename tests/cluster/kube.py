@@ -146,7 +146,7 @@ class Namespace:
     def diagnosis(self) -> str:
         """Pods, what has happened lately, and the last words of learners and of those that are not ready."""
         mine = ["kubectl", "--namespace", self.name]
-        events = run([*mine, "get", "events", "--sort-by=.lastTimestamp"]).stdout.splitlines()
+        events = run([*mine, "get", "events", "--sort-by=.metadata.creationTimestamp"]).stdout.splitlines()
         parts = [run([*mine, "get", "pods", "--output=wide"]).stdout, *events[-LOG_LINES:]]
         shown = [pod for pod in self.pods() if pod.role == "learner" or not pod.is_ready]
         for pod in shown[:MAX_LOGS]:
