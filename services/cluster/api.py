@@ -115,7 +115,9 @@ class KubernetesCluster:
                 _preload_content=False,
                 _request_timeout=POD_TIMEOUT_S,
             )
-            body: bytes = response.read(MAX_SCRAPE_BYTES)
+            body: bytes = response.read(MAX_SCRAPE_BYTES + 1)
+            if len(body) > MAX_SCRAPE_BYTES:
+                response.close()  # the unread rest would stand before the connection's next answer
             response.release_conn()
         except ApiException as error:
             if error.status in (401, 403):
@@ -123,6 +125,8 @@ class KubernetesCluster:
             raise PodSilentError(error_message(error.body) or f"HTTP status {error.status}") from None
         except (HTTPError, OSError) as error:
             raise PodSilentError(_reason(error)) from None
+        if len(body) > MAX_SCRAPE_BYTES:
+            raise PodSilentError(f"they are longer than {MAX_SCRAPE_BYTES:,} bytes")
         return body.decode(errors="replace")
 
     def last_log_line(self, pod: Pod) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Mapping
@@ -13,14 +14,24 @@ NAME = "app.kubernetes.io/name"
 
 
 class FakeApi:
-    """Answers what stands in ``answers``, by path; anything else is a Status 404."""
+    """Answers what stands in ``answers``, by path; anything else is a Status 404.
+
+    Connections are kept, as the real one does. What is longer than ``first_bytes`` comes to its end only when
+    ``rest_may_follow`` is set.
+    """
 
     def __init__(self) -> None:
+        self.first_bytes = 2**16
+        self.rest_may_follow = threading.Event()
+        self.rest_may_follow.set()
         self.answers: dict[str, tuple[int, bytes]] = {}
         self.selectors: list[str] = []
         api = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 10.0
+
             def do_GET(self) -> None:
                 url = urlsplit(self.path)
                 api.selectors += parse_qs(url.query).get("labelSelector", [])
@@ -29,7 +40,10 @@ class FakeApi:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(body[: api.first_bytes])
+                if len(body) > api.first_bytes and api.rest_may_follow.wait(self.timeout):
+                    with contextlib.suppress(OSError):  # whoever asked may not want it
+                        self.wfile.write(body[api.first_bytes :])
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Tests read no access log."""
@@ -48,6 +62,7 @@ class FakeApi:
         self.answers[f"/{group}/namespaces/{namespace}/{kind}"] = 200, json.dumps({"items": items}).encode()
 
     def close(self) -> None:
+        self.rest_may_follow.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

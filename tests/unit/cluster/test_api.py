@@ -9,6 +9,7 @@ import pytest
 from services.cluster.api import connect
 from services.cluster.objects import ClusterError, PodSilentError, UnreachableError
 from services.cluster.releases import find_release
+from services.ops.scrape import MAX_SCRAPE_BYTES
 from tests.conftest import needs_package
 from tests.unit.cluster.fake_api import FakeApi, deployment, labels, refusal, write_kubeconfig
 from tests.unit.cluster.fake_cluster import FakeCluster, pod, workload
@@ -118,6 +119,20 @@ def test_a_pod_that_does_not_answer_is_silent_and_one_that_nobody_may_ask_is_an_
     del api.answers[PROXY]
     with pytest.raises(PodSilentError, match="not found"):
         cluster.metrics(pod("learner-0"))
+
+
+@pytest.mark.usefixtures("kubeconfig")
+def test_metrics_without_end_are_not_read_and_leave_nothing_to_the_next_request(api: FakeApi) -> None:
+    cluster = connect()
+    api.answers[PROXY] = 200, b"x" * MAX_SCRAPE_BYTES
+    assert len(cluster.metrics(pod("learner-0"))) == MAX_SCRAPE_BYTES
+    api.answers[PROXY] = 200, b"x" * (MAX_SCRAPE_BYTES + 10)
+    api.first_bytes = MAX_SCRAPE_BYTES + 1
+    api.rest_may_follow.clear()
+    with pytest.raises(PodSilentError, match="longer than 1,048,576 bytes"):
+        cluster.metrics(pod("learner-0"))
+    api.answers[PROXY] = 200, b"impala_learner_steps 5.0\n"
+    assert cluster.metrics(pod("learner-0")) == "impala_learner_steps 5.0\n"
 
 
 @pytest.mark.usefixtures("kubeconfig")
