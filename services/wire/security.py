@@ -284,10 +284,12 @@ def address_of(connection: int) -> str | None:
 
 
 class Handshakes:
-    """Of a client's socket: what went wrong with the last one, and which endpoints libzmq has given up.
+    """Of a client's socket: what went wrong with the last one, and whether libzmq has given up.
 
     A refused key or another security mechanism ends libzmq's attempts for good. But a server that refuses us
-    today may be restarted with our keys, so whoever owns the socket connects to these endpoints anew.
+    today may be restarted with our keys, so whoever owns the socket connects anew: to all of its endpoints,
+    because libzmq tells a connection's host by its name or, once it was there, by its address, and knows an
+    endpoint to disconnect only as it was connected.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], clock: Callable[[], float] = time.monotonic) -> None:
@@ -300,7 +302,7 @@ class Handshakes:
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH,
         )
         self._clock = clock
-        self._given_up_s: dict[str, float] = {}
+        self._given_up_s: float | None = None
         self._trouble: str | None = None
 
     @property
@@ -309,14 +311,13 @@ class Handshakes:
         self._look()
         return self._trouble
 
-    def take_given_up(self, pause_s: float) -> list[str]:
-        """Endpoints that libzmq gave up ``pause_s`` ago: it is time to connect to them anew."""
+    def take_given_up(self, pause_s: float) -> bool:
+        """Whether libzmq gave up ``pause_s`` ago, which is told once: it is time to connect anew."""
         self._look()
-        due_s = self._clock() - pause_s
-        due = [endpoint for endpoint, since_s in self._given_up_s.items() if since_s <= due_s]
-        for endpoint in due:
-            del self._given_up_s[endpoint]
-        return due
+        if self._given_up_s is None or self._clock() < self._given_up_s + pause_s:
+            return False
+        self._given_up_s = None
+        return True
 
     def _look(self) -> None:
         for event, value, endpoint in self._events.take():
@@ -326,7 +327,7 @@ class Handshakes:
             self._trouble = f"handshake with {endpoint} failed: {why_failed(event, value)}"
             _log.warning("handshake_failed", endpoint=endpoint, error=why_failed(event, value))
             if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                self._given_up_s.setdefault(endpoint, self._clock())
+                self._given_up_s = self._given_up_s or self._clock()
 
     def close(self) -> None:
         """After the socket has been closed."""

@@ -37,6 +37,9 @@ KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
+BACKLOG = 4096
+"""Connections that wait to be accepted, if the kernel allows so many (net.core.somaxconn). libzmq's own 100 let
+it drop those of a thousand clients that come at once, and each of them tries again a second later."""
 CONNECT_MS = 3_000
 """After which an attempt to connect is given up and made anew, which also asks the DNS again: who tries while
 a pod is being replaced finds the address of the old one, which never answers, and the kernel alone would wait
@@ -68,6 +71,7 @@ class _Socket:
         }.items():
             self._socket.setsockopt(option, value)
         self._handshakes: Handshakes | None = None
+        self._endpoints: tuple[str, ...] = ()
 
     def _connect(self, endpoints: Sequence[str], keys: Keys | None, server: Role) -> None:
         if keys is not None:
@@ -75,11 +79,13 @@ class _Socket:
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public[keys.role])
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
         self._handshakes = Handshakes(self._socket)
-        for endpoint in endpoints:
+        self._endpoints = tuple(endpoints)
+        for endpoint in self._endpoints:
             self._socket.connect(endpoint)
 
     def _bind(self, endpoint: str, key: str) -> None:
         """``key`` is where the user wrote the endpoint."""
+        self._socket.setsockopt(zmq.BACKLOG, BACKLOG)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -96,8 +102,8 @@ class _Socket:
         return None if self._handshakes is None else self._handshakes.trouble
 
     def _send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
-        if self._handshakes is not None:
-            for endpoint in self._handshakes.take_given_up(RECONNECT_MAX_MS / 1000):
+        if self._handshakes is not None and self._handshakes.take_given_up(RECONNECT_MAX_MS / 1000):
+            for endpoint in self._endpoints:  # as they were given to us: see `Handshakes`
                 self._socket.disconnect(endpoint)
                 self._socket.connect(endpoint)
         if not self._socket.poll(round(timeout_s * 1000), zmq.POLLOUT):

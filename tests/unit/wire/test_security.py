@@ -337,6 +337,8 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
+        if self._stopping.is_set():
+            return
         self.replier.close()
         self._stopping.set()
         self._thread.join()
@@ -474,7 +476,7 @@ def test_what_is_no_zeromq_is_counted_once(garbage: bytes, keyed: bool, serve: S
     assert server.refused == {"handshake": 1}
 
 
-def restarted(serve: Serve, keys: Keys, endpoint: str) -> Server | None:
+def restarted(serve: Serve, keys: Keys | None, endpoint: str) -> Server | None:
     """A new server where another one was; libzmq gives its port back a moment after it is closed."""
     try:
         return serve(keys, endpoint)
@@ -496,6 +498,71 @@ def test_a_client_gets_in_once_the_server_has_the_right_keys(
         until(lambda: client.send([b"x"], 0.1), "a connection")
         assert server.role_of_next() == "actor"
         assert client.trouble is None
+
+
+def by_name(endpoint: str) -> str:
+    """As in a cluster, where no pod knows another one's address."""
+    return endpoint.replace("127.0.0.1", "localhost")
+
+
+def hostile(keys: Keys, to: Role) -> Keys:
+    """Of the same server, to which ``to`` is a stranger."""
+    other = public_of(secret_of(STRANGE, to))
+    return Keys(role=keys.role, secret=keys.secret, public={**keys.public, to: other})
+
+
+@pytest.mark.parametrize("refuses", ["the key", "all keys"])
+def test_a_client_that_was_in_gets_in_again_after_it_was_refused(
+    refuses: str, serve: Serve, keys: MakeKeys
+) -> None:
+    # libzmq tells a connection that was there once by its address, and disconnects only by name.
+    ours = keys("paramserver")
+    server = serve(ours)
+    with Requester(by_name(server.endpoint), LIMIT, keys("actor")) as client:
+        assert client.send([b"x"], 15.0)
+        assert server.role_of_next() == "actor"
+        for held in (hostile(ours, "actor") if refuses == "the key" else None, ours):
+            server.close()
+            server = until(lambda: restarted(serve, held, server.endpoint), "the port is free")  # noqa: B023
+            if held is not ours:
+                until(lambda: client.trouble and server.refused, "a refusal")  # noqa: B023
+        until(lambda: client.send([b"x"], 0.1), "a connection")
+        assert server.role_of_next() == "actor"
+        assert client.trouble is None
+
+
+def test_an_actor_that_was_refused_for_a_while_sends_rollouts_again(keys: MakeKeys) -> None:
+    endpoint = "tcp://127.0.0.1:*"
+    ours = keys("learner")
+    sender: RolloutSender | None = None
+    for held in (ours, hostile(ours, "actor"), ours):
+        refused: Counter[Refused] = Counter()
+        door = Doorkeeper(held, lambda reason: refused.update([reason]))  # noqa: B023
+        receiver = until(lambda: listening(endpoint, door), "the port is free")  # noqa: B023
+        endpoint = receiver.endpoint
+        stopping = threading.Event()
+        thread = threading.Thread(target=door.run, args=(stopping,))
+        thread.start()
+        sender = sender or RolloutSender([by_name(endpoint)], 2, LIMIT, keys("actor"))
+        if held is ours:
+            until(lambda: sender.send([b"x"], 0.1), "a connection")  # noqa: B023
+            assert receiver.receive(15.0) == [b"x"]
+        else:
+            until(lambda: sender.trouble and refused, "a refusal")  # noqa: B023
+        receiver.close()
+        stopping.set()
+        thread.join()
+        door.close()
+    assert sender is not None
+    sender.close()
+
+
+def listening(endpoint: str, door: Doorkeeper) -> RolloutReceiver | None:
+    """A learner's socket, once the port is free."""
+    try:
+        return RolloutReceiver(endpoint, 2, LIMIT, door)
+    except ValueError:
+        return None
 
 
 def test_a_server_whose_doorkeeper_is_gone_lets_nobody_in(keys: MakeKeys) -> None:
