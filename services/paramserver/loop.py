@@ -103,12 +103,19 @@ class Loop:
         wait(sockets, min(max(deadline_s - self._clock(), 0.0), TURN_S))
 
     def _send(self, replies: list[Reply]) -> None:
-        for reply in replies:
-            if not self._replier.send(reply.peer, reply.frames):
-                self._log.debug("peer_gone", peer=reply.peer.hex())
-            elif reply.result is not None:
-                self._metrics.pulls.labels(reply.result).inc()
-                if reply.since_s is not None:
-                    self._metrics.pull_seconds.observe(self._clock() - reply.since_s)
-                if reply.result == "full":
-                    self._metrics.sent_bytes.inc(size_bytes(reply.frames))
+        """And what others are told in place of those who are gone."""
+        while replies:
+            lost = [reply.peer for reply in replies if not self._deliver(reply)]
+            replies = [other for peer in lost for other in self._server.lost(peer, self._clock())]
+
+    def _deliver(self, reply: Reply) -> bool:
+        if not self._replier.send(reply.peer, reply.frames):
+            self._log.debug("peer_gone", peer=reply.peer.hex())
+            return False
+        if reply.result is not None:
+            self._metrics.pulls.labels(reply.result).inc()
+            if reply.since_s is not None:
+                self._metrics.pull_seconds.observe(self._clock() - reply.since_s)
+            if reply.result == "full":
+                self._metrics.sent_bytes.inc(size_bytes(reply.frames))
+        return True

@@ -6,6 +6,10 @@ Pull
     whoever asks again. (That it has no seat is no news, or who insists on one would be answered without
     end.) Without news the request is held until there is some, until the run's state changes, or for
     ``hold_s``, and then answered without a payload. A peer has one request open; its next one replaces it.
+    Only so many copies of large weights are on their way at a time (``window.py``). A peer has its copy when
+    it asks again; then the next one gets the newest, whoever is furthest behind first. Who waits for its turn
+    is told everything else at once, and after ``hold_s`` gets an answer without a payload too. The learner,
+    which asks once in its life and not for long, does not wait.
 Publish
     of a newer version replaces what is held, and all whose requests are held are answered. Versions never
     fall: an older publish changes nothing, is counted as refused (`stale`), and its answer names the version
@@ -30,8 +34,10 @@ from dataclasses import dataclass
 
 from services.ops.logging import get_logger
 from services.ops.metrics import ParamserverMetrics
+from services.paramserver.held import Held, HeldRequests
 from services.paramserver.membership import Membership
 from services.paramserver.store import Snapshot, Store
+from services.paramserver.window import Window
 from services.wire.codec import Expected, WireError, decode, encode
 from services.wire.messages import (
     NO_SEAT,
@@ -43,7 +49,6 @@ from services.wire.messages import (
     Published,
     Pull,
     Refusal,
-    RunState,
     Weights,
 )
 
@@ -62,14 +67,6 @@ class Reply:
     """Of a pull: `full` or `not_modified`."""
     since_s: float | None = None
     """When the request, or the news that it waited for, arrived; None if its time just ran out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Held:
-    pull: Pull
-    state: RunState
-    """The run's state when it was asked."""
-    until_s: float
 
 
 class Server:
@@ -95,7 +92,10 @@ class Server:
         self._membership = membership
         self._metrics = metrics
         self._takes_publishes = takes_publishes
-        self._held: OrderedDict[bytes, _Held] = OrderedDict()  # the next to run out comes first
+        self._held = HeldRequests()
+        self._window = Window()
+        self._version_s = -math.inf
+        """When the newest version arrived."""
         self._refused_s: OrderedDict[bytes, float] = OrderedDict()
         self._learner: Client | None = None
         self._log = get_logger("server").limited(LOG_INTERVAL_S)
@@ -109,6 +109,7 @@ class Server:
             message = decode(frames, self._expected)
         except WireError as error:
             return self._refuse(peer, error.reason, str(error), now_s)
+        self._window.end(peer)  # whoever speaks again has what it was sent
         match message:
             case Pull():
                 return self._pull(peer, message, now_s)
@@ -125,19 +126,17 @@ class Server:
                 return self._refuse(peer, "malformed", f"{type(message).__name__} is not a request", now_s)
 
     def tick(self, now_s: float) -> list[Reply]:
-        """Time passed: leases end, and held requests are answered."""
+        """Time passed: leases and slots end, and held requests are answered."""
         self._membership.expire(now_s)
         self._metrics.seats.set(len(self._membership))
-        replies = []
-        while self._held and next(iter(self._held.values())).until_s <= now_s:
-            peer, held = self._held.popitem(last=False)
-            replies.append(self._answer(peer, held.pull, since_s=None))
+        self._window.expire(now_s)
+        replies = self._send_weights(now_s)
+        replies += [self._answer(held, since_s=None) for held in self._held.ended(now_s)]
         return replies
 
     def next_deadline_s(self) -> float:
         """When ``tick`` has something to do; infinity if never."""
-        hold_ends_s = next((held.until_s for held in self._held.values()), math.inf)
-        return min(hold_ends_s, self._membership.next_expiry_s())
+        return min(self._held.next_end_s(), self._window.next_end_s(), self._membership.next_expiry_s())
 
     def offer(self, offered: Snapshot, now_s: float) -> list[Reply]:
         """A learner or upstream sent weights or a state: answers for all to whom they are news."""
@@ -145,50 +144,64 @@ class Server:
         if self._store.offer(offered) and self._store.snapshot.version > before.version:
             self._metrics.publishes.inc()
             self._metrics.version.set(offered.version)
-        return self._answer_news(now_s)
+            self._version_s = now_s
+        replies = self._send_weights(now_s)
+        replies += [self._answer(held, since_s=now_s) for held in self._held if self._is_told_more(held)]
+        return replies
 
-    def _answer_news(self, now_s: float) -> list[Reply]:
-        informed = [(peer, held) for peer, held in self._held.items() if self._is_news(held)]
-        for peer, _ in informed:
-            del self._held[peer]
-        return [self._answer(peer, held.pull, since_s=now_s) for peer, held in informed]
+    def lost(self, peer: bytes, now_s: float) -> list[Reply]:
+        """An answer could not be handed over: ``peer`` is gone or does not read, and others get its turn."""
+        self._window.end(peer)
+        return self._send_weights(now_s)
 
     def _pull(self, peer: bytes, pull: Pull, now_s: float) -> list[Reply]:
         for client in pull.seats_for:
             self._membership.renew(client, now_s)
-        self._held.pop(peer, None)
-        held = _Held(pull=pull, state=self._store.snapshot.state, until_s=now_s + self._hold_s)
-        if self._is_news(held):
-            return [self._answer(peer, pull, since_s=now_s)]
-        self._held[peer] = held
-        return []
+        state = self._store.snapshot.state
+        held = Held(peer=peer, pull=pull, state=state, asked_s=now_s, until_s=now_s + self._hold_s)
+        self._held.add(held)
+        if pull.sender == self._learner and pull.have_version < self._store.snapshot.version:
+            return [self._answer(held, since_s=now_s, with_weights=True)]
+        replies = self._send_weights(now_s)
+        if self._held.get(peer) is held and self._is_told_more(held):
+            replies.append(self._answer(held, since_s=now_s))
+        return replies
 
-    def _is_news(self, held: _Held) -> bool:
-        snapshot = self._store.snapshot
-        return (
-            snapshot.version > held.pull.have_version
-            or snapshot.state != held.state
-            or any(
-                self._membership.seat_of(client) not in (client.seat, NO_SEAT)
-                for client in held.pull.seats_for
-            )
+    def _is_told_more(self, held: Held) -> bool:
+        """There is news for it beside weights."""
+        return self._store.snapshot.state != held.state or any(
+            self._membership.seat_of(client) not in (client.seat, NO_SEAT) for client in held.pull.seats_for
         )
 
-    def _answer(self, peer: bytes, pull: Pull, since_s: float | None) -> Reply:
+    def _send_weights(self, now_s: float) -> list[Reply]:
+        """To those who lack the newest, as far as there is room."""
         snapshot = self._store.snapshot
-        is_newer = snapshot.version > pull.have_version
+        size = 0 if snapshot.payload is None else memoryview(snapshot.payload).nbytes
+        replies = []
+        while self._window.has_room(size):
+            held = self._held.furthest_behind(snapshot.version)
+            if held is None:
+                break
+            self._window.begin(held.peer, size, now_s)
+            since_s = max(held.asked_s, self._version_s)
+            replies.append(self._answer(held, since_s=since_s, with_weights=True))
+        return replies
+
+    def _answer(self, held: Held, since_s: float | None, *, with_weights: bool = False) -> Reply:
+        self._held.remove(held.peer)
+        snapshot = self._store.snapshot
         weights = Weights(
             run_id=self._run_id,
             server_incarnation=self._incarnation,
             state=snapshot.state,
             version=snapshot.version,
             steps=snapshot.steps,
-            seats=tuple(self._membership.seat_of(client) for client in pull.seats_for),
-            payload=snapshot.payload if is_newer else None,
-            request=pull.request,
+            seats=tuple(self._membership.seat_of(client) for client in held.pull.seats_for),
+            payload=snapshot.payload if with_weights else None,
+            request=held.pull.request,
         )
-        result = "full" if is_newer else "not_modified"
-        return Reply(peer=peer, frames=encode(weights), result=result, since_s=since_s)
+        result = "full" if with_weights else "not_modified"
+        return Reply(peer=held.peer, frames=encode(weights), result=result, since_s=since_s)
 
     def _publish(self, peer: bytes, publish: Publish, now_s: float) -> list[Reply]:
         if not self._takes_publishes:
@@ -223,7 +236,7 @@ class Server:
         held = self._held.get(peer)
         # A relay passes goodbyes on, and its own request stays open.
         if held is not None and held.pull.sender.client_id == goodbye.sender.client_id:
-            del self._held[peer]
+            self._held.remove(peer)
         return []
 
     def _refuse(self, peer: bytes, reason: str, text: str, now_s: float) -> list[Reply]:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.paramserver.window import UNDER_WAY_S
 from services.wire.codec import Expected, decode, encode
 from services.wire.messages import (
     Client,
@@ -262,6 +263,38 @@ def test_64_actors_get_64_seats_and_every_one_the_new_weights(
     assert (server.count("seats"), server.count("version")) == (64, 0)
     request_goodbyes(crowd)
     eventually(lambda: server.count("seats") == 0)
+
+
+def test_large_weights_go_to_as_many_at_a_time_as_the_window_has_room_for(start: Start, actors: Make) -> None:
+    server = start(*QUICK).started()
+    payload = os.urandom(6 << 20)
+    publish(server.endpoint, 0, payload)
+    crowd = actors(server.endpoint, 32)
+    served = []
+    while any(actor.version < 0 for actor in crowd):
+        for actor in crowd:
+            actor.ask()  # whoever has its copy says so
+        served.append(sum(weights.payload is not None for weights in hear_all(crowd)))
+    # Nobody asked again before all had been answered: what was sent in a round was on its way at one time.
+    assert served == [10, 10, 10, 2]  # 60 of 64 MB
+    assert all(actor.payload == payload for actor in crowd)
+    assert server.count("pulls_total", result="full") == 32
+    assert 32 * len(payload) < server.count("sent_bytes_total") < 33 * len(payload)
+
+
+def test_clients_that_are_gone_take_nobodys_turn(start: Start, actors: Make) -> None:
+    server = start("--paramserver.hold_s", "10").started()
+    publish(server.endpoint, 0, b"small")
+    *crowd, alive = actors(server.endpoint, 33)
+    for actor in [*crowd, alive]:
+        actor.ask_and_hear()  # its seat, and what makes the next request one that is held
+        actor.ask()
+    for actor in crowd:
+        actor.socket.close()
+    published_s = time.monotonic()
+    publish(server.endpoint, 1, os.urandom(6 << 20))
+    assert alive.hear().payload is not None
+    assert time.monotonic() - published_s < 0.5 * UNDER_WAY_S  # for which the first ten would have had it
 
 
 def request_goodbyes(crowd: Sequence[Actor]) -> None:
