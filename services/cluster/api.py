@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from services.cluster.manifests import error_message, read_pods, read_workloads
-from services.cluster.objects import Cluster, ClusterError, Pod, PodSilentError, UnreachableError, Workload
+from services.cluster.objects import (
+    Cluster,
+    ClusterError,
+    Pod,
+    PodForbiddenError,
+    PodSilentError,
+    UnreachableError,
+    Workload,
+)
 from services.ops.scrape import MAX_SCRAPE_BYTES
 
 if TYPE_CHECKING:  # an extra, and slow to import
@@ -121,7 +129,7 @@ class KubernetesCluster:
             response.release_conn()
         except ApiException as error:
             if error.status in (401, 403):
-                raise self._refusal(error) from None
+                raise PodForbiddenError(f"no permission for pods/proxy (HTTP {error.status})") from None
             raise PodSilentError(error_message(error.body) or f"HTTP status {error.status}") from None
         except (HTTPError, OSError) as error:
             raise PodSilentError(_reason(error)) from None

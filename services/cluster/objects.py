@@ -6,6 +6,7 @@ Errors:
     └── ClusterError            one line for the user: no kubeconfig, no permission, no such release
         └── UnreachableError    may pass by itself; whoever waits goes on waiting
     PodSilentError              one pod's metrics cannot be read; the others' can
+    └── PodForbiddenError       nor may they be; pods and workloads still can
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class UnreachableError(ClusterError):
 
 class PodSilentError(Exception):
     """Why, in a few words."""
+
+
+class PodForbiddenError(PodSilentError):
+    """Whoever reads pods may not read through the API server's proxy: a right of its own, often not given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +97,7 @@ class Cluster(Protocol):
         """Those of ``release``, or of all. ClusterError."""
 
     def metrics(self, pod: Pod) -> str:
-        """What /metrics of ``pod`` says. PodSilentError; ClusterError if nobody may ask."""
+        """What /metrics of ``pod`` says. PodSilentError."""
 
     def last_log_line(self, pod: Pod) -> str | None:
         """Of a container that has ended; None if there is none to be had."""

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from services.cluster.objects import ROLES, Cluster, Pod, PodSilentError, Workload
+from services.cluster.objects import ROLES, Cluster, Pod, PodForbiddenError, PodSilentError, Workload
 from services.ops.figures import History
 from services.ops.scrape import Increase, Scrape, increases, parse_metrics
 
@@ -46,6 +46,8 @@ class Look:
     """By name, of the pods that have answered this time."""
     silent: Mapping[str, str]
     """By name, why a pod that was asked has not."""
+    is_forbidden: bool
+    """Pods were not asked, because nobody with these credentials may."""
     learner: Reading | None
     """The first learner's, from when it last answered."""
     returns: tuple[float, ...]
@@ -90,8 +92,8 @@ class Observer:
         self._histories = {pod.name: self._histories.get(pod.name, History()) for pod in asked}
         readings, silent = {}, {}
         for pod, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, str):
-                silent[pod.name] = answer
+            if isinstance(answer, PodSilentError):
+                silent[pod.name] = str(answer)
                 continue
             history = self._histories[pod.name]
             history.add(answer)
@@ -106,6 +108,7 @@ class Observer:
             pods=pods,
             readings=readings,
             silent=silent,
+            is_forbidden=any(isinstance(answer, PodForbiddenError) for answer in answers),
             learner=Reading(before=self._learner.before, now=self._learner.now)
             if self._learner.now
             else None,
@@ -113,11 +116,11 @@ class Observer:
             unix_time_s=self._unix_clock(),
         )
 
-    def _ask(self, pod: Pod) -> Scrape | str:
+    def _ask(self, pod: Pod) -> Scrape | PodSilentError:
         try:
             samples = parse_metrics(self._cluster.metrics(pod))
         except PodSilentError as error:
-            return str(error)
+            return error
         return Scrape(time_s=self._clock(), samples=samples)
 
 

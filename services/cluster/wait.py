@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from services.cluster.manifests import OWN_EXITS, describe
-from services.cluster.objects import Cluster, UnreachableError
+from services.cluster.objects import Cluster, ClusterError, UnreachableError
 from services.cluster.observer import Look, Observer
 from services.cluster.overview import Overview, overview
 from services.cluster.releases import find_release
@@ -24,6 +24,8 @@ INTERVAL_S = 2.0
 TELL_INTERVAL_S = 30.0
 LOOP_RESTARTS = 3
 """A pod that has been started this often, and waits for its next start, is in a loop."""
+FORBIDDEN_LOOKS = 5
+"""After so many in a row the right to read metrics is not about to be given."""
 WHO_MAY_READ = "where networkPolicy.metricsFrom is set, it must let in the API server"
 
 
@@ -49,7 +51,9 @@ def wait(
     began_s = clock()
     told_s: float | None = None
     missing = "the cluster has not told anything yet"
-    with Observer(cluster, release, roles=("learner",), clock=clock) as observer:
+    forbidden = 0
+    asked = ("learner",) if options.goal == "complete" else ()
+    with Observer(cluster, release, roles=asked, clock=clock) as observer:
         while True:
             try:
                 look = observer.look()
@@ -65,6 +69,12 @@ def wait(
                 if hopeless is not None:
                     log.error("given_up", release=release, reason=hopeless)
                     return 1
+                forbidden = forbidden + 1 if look.is_forbidden else 0
+                if forbidden >= FORBIDDEN_LOOKS:
+                    raise ClusterError(
+                        f"no learner of {release} tells how far it is: {next(iter(look.silent.values()))}; "
+                        "`--for ready` needs no such permission"
+                    )
                 missing = what_is_missing(options.goal, look, seen)
                 fields = {**progress_fields(seen), "missing": missing}
             now_s = clock()
@@ -93,7 +103,11 @@ def what_is_missing(goal: Goal, look: Look, seen: Overview) -> str:
         steps, total = seen.training.steps or 0, seen.training.run.total_steps
         missing.append(f"{total - steps:,} of {total:,} steps" if steps < total else "the last checkpoint")
     missing += [f"{each.count} {each.role}: {each.reason}" for each in seen.troubles[:1]]
-    if goal == "complete" and any(pod.is_ready and pod.name in look.silent for pod in look.pods):
+    if (
+        goal == "complete"
+        and not look.is_forbidden
+        and any(pod.is_ready and pod.name in look.silent for pod in look.pods)
+    ):
         missing.append(WHO_MAY_READ)
     return "; ".join(missing) or "an answering learner"
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from services.cluster.objects import ClusterError, Exit, Pod, PodSilentError, Workload
+from services.cluster.objects import ClusterError, Exit, Pod, PodForbiddenError, PodSilentError, Workload
 from services.ops.metrics import (
     ActorMetrics,
     EvaluatorMetrics,
@@ -99,6 +99,7 @@ class FakeCluster:
         self.answers: dict[str, Callable[[], str]] = {}
         self.failures: list[ClusterError | None] = []
         self.asked: list[str] = []
+        self.may_ask = True
         self.log_lines: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -114,6 +115,8 @@ class FakeCluster:
     def metrics(self, pod: Pod) -> str:
         with self._lock:
             self.asked.append(pod.name)
+        if not self.may_ask:
+            raise PodForbiddenError("no permission for pods/proxy (HTTP 403)")
         if pod.name not in self.answers:
             raise PodSilentError("connection refused")
         return self.answers[pod.name]()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.cluster.api import connect
-from services.cluster.objects import ClusterError, PodSilentError, UnreachableError
+from services.cluster.objects import ClusterError, PodForbiddenError, PodSilentError, UnreachableError
 from services.cluster.releases import find_release
 from services.ops.scrape import MAX_SCRAPE_BYTES
 from tests.conftest import needs_package
@@ -108,17 +108,19 @@ def test_what_the_cluster_refuses_is_one_line(
 
 
 @pytest.mark.usefixtures("kubeconfig")
-def test_a_pod_that_does_not_answer_is_silent_and_one_that_nobody_may_ask_is_an_error(api: FakeApi) -> None:
+def test_a_pod_that_does_not_answer_is_silent_and_so_is_one_that_nobody_may_ask(api: FakeApi) -> None:
     cluster = connect()
     api.answers[PROXY] = 503, b"error trying to reach service: connection refused"
     with pytest.raises(PodSilentError, match="trying to reach service: connection refused"):
         cluster.metrics(pod("learner-0"))
-    api.answers[PROXY] = 403, refusal("cannot get resource pods/proxy")
-    with pytest.raises(ClusterError, match="no permission: cannot get resource pods/proxy"):
-        cluster.metrics(pod("learner-0"))
+    for status in (401, 403):
+        api.answers[PROXY] = status, refusal("cannot get resource pods/proxy")
+        with pytest.raises(PodForbiddenError, match=rf"^no permission for pods/proxy \(HTTP {status}\)$"):
+            cluster.metrics(pod("learner-0"))
     del api.answers[PROXY]
-    with pytest.raises(PodSilentError, match="not found"):
+    with pytest.raises(PodSilentError, match="not found") as raised:
         cluster.metrics(pod("learner-0"))
+    assert not isinstance(raised.value, PodForbiddenError)
 
 
 @pytest.mark.usefixtures("kubeconfig")

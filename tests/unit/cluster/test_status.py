@@ -102,6 +102,15 @@ def test_what_the_user_can_mend_ends_it(release: Release, clock: FakeClock) -> N
         shown(release, clock, Options(once=True), io.StringIO())
 
 
+def test_without_the_right_to_read_metrics_there_are_still_the_pods(
+    release: Release, clock: FakeClock
+) -> None:
+    release.cluster.may_ask = False
+    text = " ".join(shown(release, clock, Options(once=True), io.StringIO()).split())
+    assert "2 of 2 ready" in text
+    assert "metrics cannot be read: no permission for pods/proxy (HTTP 403)" in text
+
+
 def test_a_release_that_is_not_clear_is_asked_for(release: Release, clock: FakeClock) -> None:
     release.cluster.workloads_now.append(workload("learner", release="other"))
     with pytest.raises(ClusterError, match="name one of demo, other"):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from services.cluster.objects import ClusterError, Exit, UnreachableError
-from services.cluster.wait import LOOP_RESTARTS, TELL_INTERVAL_S, Goal, Options, wait
+from services.cluster.wait import FORBIDDEN_LOOKS, LOOP_RESTARTS, TELL_INTERVAL_S, Goal, Options, wait
 from services.ops.logging import get_logger
 from tests.unit.cluster.fake_cluster import FakeClock, Release, workload
 
@@ -154,6 +154,35 @@ def test_a_permission_that_is_missing_is_not_waited_for(waiting: Waiting) -> Non
     waiting.release.cluster.failures = [ClusterError("no permission")]
     with pytest.raises(ClusterError, match="no permission"):
         waiting.run()
+
+
+def test_a_learner_that_nobody_may_ask_is_an_error_if_that_does_not_change(waiting: Waiting) -> None:
+    waiting.release.cluster.may_ask = False
+    with pytest.raises(ClusterError, match=r"no learner of demo tells .*: no permission for pods/proxy"):
+        waiting.run()
+    assert len(waiting.clock.pauses) == FORBIDDEN_LOOKS - 1
+    missing = str(waiting.lines[-1][1]["missing"])
+    assert "no permission for pods/proxy" in missing
+    assert "networkPolicy" not in missing
+
+
+def test_a_right_that_is_given_in_time_is_waited_for(waiting: Waiting) -> None:
+    cluster = waiting.release.cluster
+    cluster.may_ask = False
+
+    def may_ask(*, now: bool) -> Callable[[], None]:
+        return lambda: setattr(cluster, "may_ask", now)
+
+    still = [may_ask(now=False)] * (FORBIDDEN_LOOKS - 2)
+    waiting.clock.on_pause = [*still, may_ask(now=True), may_ask(now=False), *still, may_ask(now=True)]
+    waiting.clock.on_pause.append(lambda: waiting.release.trains.training_complete.set(1))
+    assert waiting.run() == 0
+
+
+def test_being_ready_is_waited_for_without_metrics(waiting: Waiting) -> None:
+    waiting.release.cluster.may_ask = False
+    assert waiting.run("ready") == 0
+    assert waiting.release.cluster.asked == []
 
 
 @pytest.mark.parametrize(("code", "what"), [(2, "wrong configuration"), (3, "training diverged")])
