@@ -34,7 +34,7 @@ from services.wire.messages import (
     Weights,
 )
 from services.wire.security import Keys, load_keys
-from services.wire.sockets import Requester, RolloutSender, wait
+from services.wire.sockets import Requester, RolloutSender, finish, wait
 
 CLIENTS_PER_PROCESS = 128
 SOCKETS_PER_CLIENT = 16
@@ -43,6 +43,7 @@ TURN_S = 0.01
 """How often a client whose learner had no room tries again."""
 PROGRESS_S = 0.1
 REFUSED_PAUSE_S = 2.0
+GOODBYES_S = 1.0
 END_S = 20.0
 CONNECT, LEAVE = "connect", "leave"
 
@@ -239,6 +240,7 @@ def live(names: Sequence[str], target: Target, rollouts: Sequence[Rollout], link
         _turn(clients, link)
         for client in clients:
             client.leave()
+        finish(GOODBYES_S)
         link.send([client.record for client in clients])
     except (EOFError, BrokenPipeError):
         return  # the parent is gone

@@ -19,7 +19,10 @@ from services.ops.threads import limit_threads
 
 STOP_S = 5.0
 POLL_S = 0.25
-LAST_ROLLOUTS_S = 2.0
+LAST_ROLLOUTS_S = 10.0
+"""How long an actor that was to send only so many waits for a learner to take the last ones."""
+GOODBYE_S = 1.0
+"""How long any other one waits for its goodbye to leave."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +45,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     from services.wire import codec
     from services.wire.messages import Client
     from services.wire.security import load_keys
-    from services.wire.sockets import Requester, RolloutSender
+    from services.wire.sockets import Requester, RolloutSender, finish
     from services.wire.subscriber import Subscriber
 
     torch.set_num_threads(config.actor.inference_threads)
@@ -81,6 +84,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     log.info("started", actor_id=actor_id, env=config.title, port=health.port)
     puller = lifecycle.thread("weights", weights.run)
 
+    all_sent = False
     snapshot = None
     while snapshot is None and not lifecycle.stopping.is_set():
         heartbeat.beat()  # alive, though not ready: a missing peer is waited for
@@ -154,9 +158,13 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             lifecycle.fail(error)
         for half in halves:
             half.env.close()
-        sender.close(LAST_ROLLOUTS_S if loop.has_sent_all else 0.0)
+        all_sent = loop.has_sent_all
+        sender.close(2 * LAST_ROLLOUTS_S if all_sent else 0.0)  # `finish` gives up earlier, and says so
     puller.join(STOP_S)
     health.close()
+    if not finish(LAST_ROLLOUTS_S if all_sent else GOODBYE_S) and all_sent:
+        log.error("rollouts_lost", reason=f"no learner took the last ones in {LAST_ROLLOUTS_S:g} s")
+        lifecycle.stop("not all rollouts have left", 1)
     log.info("stopped", exit_code=lifecycle.exit_code)
     return lifecycle.exit_code
 

@@ -23,6 +23,7 @@ and whoever waits for an answer stops waiting after a while and asks again over 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -38,8 +39,8 @@ KEEPALIVE_PROBES = 3
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 BACKLOG = 4096
-"""Connections that wait to be accepted, if the kernel allows so many (net.core.somaxconn). libzmq's own 100 let
-it drop those of a thousand clients that come at once, and each of them tries again a second later."""
+"""Connections that wait to be accepted, if the kernel allows so many (net.core.somaxconn). When a thousand
+clients come at once, libzmq's own 100 lets it drop most of them, who then try again seconds later."""
 CONNECT_MS = 3_000
 """After which an attempt to connect is given up and made anew, which also asks the DNS again: who tries while
 a pod is being replaced finds the address of the old one, which never answers, and the kernel alone would wait
@@ -128,7 +129,7 @@ class _Socket:
         return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def close(self, linger_s: float = 0.0) -> None:
-        """Close; messages not yet handed to the kernel are tried for ``linger_s``."""
+        """Close. What has not left for the kernel is tried for ``linger_s``, while the process lives."""
         if self._socket.closed:
             return
         self._socket.disable_monitor()  # before its reader goes: libzmq would wait for it
@@ -143,6 +144,17 @@ class _Socket:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def finish(timeout_s: float) -> bool:
+    """Whether all that was to be sent has left, which the end of the process would lose.
+
+    The last act of a process, once all of its sockets are closed, each with its linger.
+    """
+    ending = threading.Thread(target=zmq.Context.instance().term, daemon=True)  # waits for sockets
+    ending.start()
+    ending.join(timeout_s)
+    return not ending.is_alive()
 
 
 def wait(sockets: Sequence[_Socket], timeout_s: float) -> None:

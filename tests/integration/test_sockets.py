@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -76,12 +78,92 @@ def test_a_sender_without_a_learner_reports_that_nothing_left(tmp_path: Path) ->
         assert not sender.send([b"x"], timeout_s=0.1)
 
 
+SENDS_AND_ENDS = """
+import sys
+from services.wire.sockets import RolloutSender, finish
+sender = RolloutSender([sys.argv[1]], queue=2, max_message_bytes=1 << 24)
+sent = 0
+while sender.send([b"header", b"x" * 4_000_000], timeout_s=1.0 if sent else 60.0):
+    sent += 1
+sender.close(linger_s=60.0)
+print(sent, flush=True)
+sys.exit(0 if finish(60.0) else 1)
+"""
+ENDS_UNHEARD = """
+import sys
+from services.wire.sockets import RolloutSender, finish
+sender = RolloutSender([sys.argv[1]], queue=2, max_message_bytes=1 << 24)
+sent = 0
+while sender.send([b"x" * 4_000_000], timeout_s=1.0 if sent else 60.0):
+    sent += 1
+sender.close(linger_s=60.0)
+sys.exit(0 if finish(0.2) else 1)
+"""
+
+
+def test_what_an_actor_has_sent_arrives_although_the_learner_reads_only_after_its_end(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    with RolloutReceiver(endpoint, queue=1, max_message_bytes=1 << 24) as receiver:
+        command = [sys.executable, "-c", SENDS_AND_ENDS, endpoint]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as actor:
+            assert actor.stdout is not None
+            sent = int(
+                actor.stdout.readline()
+            )  # its sockets are closed, and what is in them does not fit here
+            assert sent > 2
+            for _ in range(sent):
+                frames = receiver.receive(60.0)
+                assert frames is not None
+                assert len(frames[1]) == 4_000_000
+            assert actor.wait(60) == 0
+
+
+def test_the_end_waits_for_a_learner_that_reads_nothing_no_longer_than_it_may(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    with RolloutReceiver(endpoint, queue=1, max_message_bytes=1 << 24):
+        actor = subprocess.run([sys.executable, "-c", ENDS_UNHEARD, endpoint], timeout=60, check=False)
+    assert actor.returncode == 1
+
+
 def test_an_address_in_use_is_named() -> None:
     with (
         RolloutReceiver("tcp://127.0.0.1:*", queue=1, max_message_bytes=1024) as first,
         pytest.raises(ValueError, match=rf"^wire.learner_bind = '{first.endpoint}': .*already in use"),
     ):
         RolloutReceiver(first.endpoint, queue=1, max_message_bytes=1024)
+
+
+LISTENS = """
+import sys
+from services.wire.sockets import Replier
+replier = Replier("tcp://127.0.0.1:*", max_message_bytes=1 << 20)
+print(replier.endpoint, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="another kernel counts differently")
+def test_hundreds_who_come_at_once_wait_to_be_let_in() -> None:
+    crowd = 400
+    if int(Path("/proc/sys/net/core/somaxconn").read_text(encoding="ascii")) < crowd:
+        pytest.skip("this kernel lets fewer wait")
+    with ExitStack() as opened:
+        server = opened.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", LISTENS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
+        opened.callback(server.kill)
+        assert server.stdout is not None
+        host, port = server.stdout.readline().strip().removeprefix("tcp://").split(":")
+        server.send_signal(signal.SIGSTOP)  # too busy to accept anybody
+        clients = [opened.enter_context(socket.socket()) for _ in range(crowd)]
+        arrived = select.poll()
+        for client in clients:
+            client.setblocking(False)
+            client.connect_ex((host, int(port)))
+            arrived.register(client, select.POLLOUT)
+        assert len(arrived.poll(5000)) == crowd
 
 
 @pytest.mark.parametrize(("connect_ms", "soon"), [(200, True), (0, False)])
