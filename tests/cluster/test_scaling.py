@@ -15,7 +15,7 @@ from tests.cluster.release import Progress, Release
 pytestmark = pytest.mark.cluster
 
 MEASURED_S = 8.0
-LONGEST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 10.0
 """Of training: a dozen processes that import torch keep two cores busy."""
 NOISE = 0.75
 """Of two measurements of the same throughput, as a ratio."""

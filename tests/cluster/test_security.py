@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cluster
 UNKNOWN_KEY = 'impala_auth_failures_total{reason="unknown_key"}'
 HANDSHAKE = 'impala_auth_failures_total{reason="handshake"}'
 SERVERS: dict[Role, str] = {"learner": "5555", "paramserver": "5556"}
-LONGEST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 10.0
 
 
 def attempt_all(release: Release, attempts: list[dict[str, str]]) -> dict[str, str]:
