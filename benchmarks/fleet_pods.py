@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from services.local.plan import reserved_ports
 from services.ops.scrape import NoMetricsError, parse_metrics, read_metrics
-from services.wire.security import SEED_FILE
+from services.wire import keygen
 
 START_S = 90.0
 END_S = 20.0
@@ -36,8 +35,7 @@ class Pods:
 
 def make_keys(directory: Path) -> Path:
     """A directory for ``wire.keys``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / SEED_FILE).write_bytes(secrets.token_bytes(32))
+    keygen.write_keys(directory, keygen.new_keys(seed=True))
     return directory
 
 

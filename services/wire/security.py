@@ -103,27 +103,23 @@ def load_keys(directory: Path | None, role: Role) -> Keys | None:
     """What ``role`` needs from ``wire.keys``; ValueError if it is not there or does not fit together."""
     if directory is None:
         return None
-    if not directory.is_dir():
-        raise _refusal(directory, "is no directory", "one that `impala keygen` has filled")
-    seed_file, secret_file = directory / SEED_FILE, directory / f"{role}.secret"
-    if seed_file.exists() and secret_file.exists():
-        raise _refusal(directory, f"holds both {SEED_FILE} and {secret_file.name}", "one of them")
-    if seed_file.exists():
+    there = _files_of(directory)
+    secret_file, own_file = f"{role}.secret", f"{role}.public"
+    if {SEED_FILE, secret_file} <= there:
+        raise _refusal(directory, f"holds both {SEED_FILE} and {secret_file}", "one of them")
+    if SEED_FILE in there:
         seed = _read_seed(directory)
         secret = secret_of(seed, role)
         public = {peer: public_of(secret_of(seed, peer)) for peer in PEERS[role]}
-    elif secret_file.exists():
-        secret = _read_key(directory, secret_file.name)
+    elif secret_file in there:
+        secret = _read_key(directory, secret_file)
         others = [peer for peer in PEERS[role] if peer != role]
         public = {peer: _read_key(directory, f"{peer}.public") for peer in others}
     else:
-        raise _refusal(directory, f"holds neither {SEED_FILE} nor {secret_file.name}", "one of them")
+        raise _refusal(directory, f"holds neither {SEED_FILE} nor {secret_file}", "one of them")
     public[role] = public_of(secret)
-    own_file = directory / f"{role}.public"
-    if not seed_file.exists() and own_file.exists() and _read_key(directory, own_file.name) != public[role]:
-        raise _refusal(
-            directory, f"{own_file.name} does not belong to {secret_file.name}", "the two files of one pair"
-        )
+    if SEED_FILE not in there and own_file in there and _read_key(directory, own_file) != public[role]:
+        raise _refusal(directory, f"{own_file} does not belong to {secret_file}", "the two files of one pair")
     for one, other in itertools.combinations(public, 2):
         if public[one] == public[other]:
             raise _refusal(
@@ -132,9 +128,24 @@ def load_keys(directory: Path | None, role: Role) -> Keys | None:
     return Keys(role=role, secret=secret, public=public)
 
 
+def _files_of(directory: Path) -> set[str]:
+    try:
+        return {file.name for file in directory.iterdir()}
+    except OSError as error:
+        raise _refusal(
+            directory,
+            f"cannot be read ({error.strerror})",
+            "a readable directory that `impala keygen` has filled",
+        ) from None
+
+
 def _read_seed(directory: Path) -> bytes:
     seed = _read(directory, SEED_FILE)
     least, most = SEED_BYTES
+    for end in (b"\r\n", b"\n"):  # of a line of text; random bytes may end like one
+        if seed.endswith(end) and len(seed) - len(end) >= least:
+            seed = seed.removesuffix(end)
+            break
     if not least <= len(seed) <= most:
         raise _refusal(
             directory,
@@ -145,7 +156,7 @@ def _read_seed(directory: Path) -> bytes:
 
 
 def _read_key(directory: Path, name: str) -> bytes:
-    key = _read(directory, name)
+    key = _read(directory, name).rstrip(b"\r\n")
     try:
         if len(key) == KEY_CHARACTERS and len(z85.decode(key)) == 32:
             return key
@@ -156,7 +167,7 @@ def _read_key(directory: Path, name: str) -> bytes:
 
 def _read(directory: Path, name: str) -> bytes:
     try:
-        return (directory / name).read_bytes().rstrip(b"\r\n")
+        return (directory / name).read_bytes()
     except OSError as error:
         raise _refusal(directory, f"{name} cannot be read ({error.strerror})", "a readable file") from None
 

@@ -140,6 +140,20 @@ def test_the_shortest_and_the_longest_seed_are_taken(size: int, tmp_path: Path) 
     assert load_keys(directory(tmp_path, {"seed": b"x" * size}), "actor") is not None
 
 
+@pytest.mark.parametrize("last", [b"\n", b"\r", b"\r\n", b"\n\n"])
+def test_random_bytes_that_end_like_a_line_are_a_seed(last: bytes, tmp_path: Path) -> None:
+    seed = b"x" * (32 - len(last)) + last
+    loaded = load_keys(directory(tmp_path, {"seed": seed}), "actor")
+    assert loaded is not None
+    assert loaded.secret == secret_of(seed, "actor")
+
+
+def test_a_seed_loses_no_more_than_the_end_of_one_line(tmp_path: Path) -> None:
+    loaded = load_keys(directory(tmp_path, {"seed": b"x" * 40 + b"\n\n"}), "actor")
+    assert loaded is not None
+    assert loaded.secret == secret_of(b"x" * 40 + b"\n", "actor")
+
+
 def test_a_pod_reads_no_file_that_it_does_not_need(tmp_path: Path) -> None:
     files = own_part("actor") | {"learner.secret": b"rubbish", "evaluator.public": b"rubbish"}
     assert load_keys(directory(tmp_path, files), "actor") is not None
@@ -162,8 +176,9 @@ SIZES = r"allowed is 32 to 64, random \(`impala keygen --seed`\)$"
         ({"learner.secret": ACTOR["actor.secret"]}, r"holds neither seed nor actor\.secret"),
         (ACTOR | {"seed": SEED}, r"holds both seed and actor\.secret; allowed is one of them$"),
         ({"seed": b""}, rf"seed has 0 bytes; {SIZES}"),
-        ({"seed": b"x" * 31 + b"\n"}, rf"seed has 31 bytes; {SIZES}"),
+        ({"seed": b"x" * 30 + b"\n"}, rf"seed has 31 bytes; {SIZES}"),
         ({"seed": b"x" * 65}, rf"seed has 65 bytes; {SIZES}"),
+        ({"seed": b"x" * 65 + b"\n"}, rf"seed has 65 bytes; {SIZES}"),
         (ACTOR | {"actor.secret": b""}, rf"actor\.secret is no key; allowed is {KEY}"),
         (ACTOR | {"actor.secret": ACTOR["actor.secret"][:-1]}, rf"actor\.secret is no key; allowed is {KEY}"),
         (ACTOR | {"learner.public": b"x" * 45}, rf"learner\.public is no key; allowed is {KEY}"),
@@ -205,8 +220,18 @@ def test_a_key_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^wire\.keys = '{tmp_path}/no': is no directory; allowed is one"):
+    complaint = rf"^wire\.keys = '{tmp_path}/no': cannot be read \(No such file or directory\); allowed is a"
+    with pytest.raises(ValueError, match=complaint):
         load_keys(tmp_path / "no", "actor")
+
+
+def test_a_directory_at_which_nobody_may_look_is_refused_like_one_that_is_missing(tmp_path: Path) -> None:
+    # In place of one that may not be entered, because root enters all.
+    with pytest.raises(ValueError, match=r"cannot be read \(File name too long\); allowed is a readable dir"):
+        load_keys(tmp_path / ("x" * 300), "actor")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be read \(Not a directory\)"):
+        load_keys(tmp_path / "file", "actor")
 
 
 def test_the_secret_is_no_part_of_what_is_shown_of_keys(tmp_path: Path) -> None:
