@@ -6,8 +6,10 @@ is over or there is nothing to wait for any more.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -47,45 +49,69 @@ def wait(
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Returns the exit code; ClusterError for what the user can mend."""
-    release = find_release(cluster, options.release)
-    began_s = clock()
-    told_s: float | None = None
-    missing = "the cluster has not told anything yet"
-    forbidden = 0
+    patience = _Patience(options, log, pause, clock)
     asked = ("learner",) if options.goal == "complete" else ()
-    with Observer(cluster, release, roles=asked, clock=clock) as observer:
+    observer: Observer | None = None
+    forbidden = 0
+    with ExitStack() as stack:
         while True:
             try:
+                if observer is None:
+                    release = find_release(cluster, options.release)
+                    observer = stack.enter_context(Observer(cluster, release, roles=asked, clock=clock))
                 look = observer.look()
             except UnreachableError as error:
-                missing = str(error)
-                fields: dict[str, object] = {"reason": missing}
-            else:
-                seen = overview(look)
-                if is_done(options.goal, seen):
-                    log.info(options.goal, release=release, **progress_fields(seen))
-                    return 0
-                hopeless = why_hopeless(look, cluster)
-                if hopeless is not None:
-                    log.error("given_up", release=release, reason=hopeless)
+                if not patience.goes_on(str(error)):
                     return 1
-                forbidden = forbidden + 1 if look.is_forbidden else 0
-                if forbidden >= FORBIDDEN_LOOKS:
-                    raise ClusterError(
-                        f"no learner of {release} tells how far it is: {next(iter(look.silent.values()))}; "
-                        "`--for ready` needs no such permission"
-                    )
-                missing = what_is_missing(options.goal, look, seen)
-                fields = {**progress_fields(seen), "missing": missing}
-            now_s = clock()
-            left_s = None if options.timeout_s is None else began_s + options.timeout_s - now_s
-            if left_s is not None and left_s <= 0:
-                log.error("timeout", release=release, timeout_s=options.timeout_s, missing=missing)
+                continue
+            seen = overview(look)
+            if is_done(options.goal, seen):
+                log.info(options.goal, release=look.release, **progress_fields(seen))
+                return 0
+            hopeless = why_hopeless(look, cluster)
+            if hopeless is not None:
+                log.error("given_up", release=look.release, reason=hopeless)
                 return 1
-            if told_s is None or now_s - told_s >= TELL_INTERVAL_S:
-                log.info("waiting", **fields)
-                told_s = now_s
-            pause(INTERVAL_S if left_s is None else min(INTERVAL_S, left_s))
+            forbidden = forbidden + 1 if look.is_forbidden else 0
+            if forbidden >= FORBIDDEN_LOOKS:
+                raise ClusterError(
+                    f"no learner of {look.release} tells how far it is: "
+                    f"{next(iter(look.silent.values()))}; `--for ready` needs no such permission"
+                )
+            missing = what_is_missing(options.goal, look, seen)
+            if not patience.goes_on(missing, **progress_fields(seen)):
+                return 1
+
+
+class _Patience:
+    """Pauses, tells now and then what is missing, and ends."""
+
+    def __init__(
+        self,
+        options: Options,
+        log: EventLogger,
+        pause: Callable[[float], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._options = options
+        self._log = log
+        self._pause = pause
+        self._clock = clock
+        self._ends_s = math.inf if options.timeout_s is None else clock() + options.timeout_s
+        self._tells_s = -math.inf
+
+    def goes_on(self, missing: str, **fields: object) -> bool:
+        """After a pause; False, at once, if the time is over. ``fields`` go with what is told."""
+        now_s = self._clock()
+        if now_s >= self._ends_s:
+            named = {} if self._options.release is None else {"release": self._options.release}
+            self._log.error("timeout", **named, timeout_s=self._options.timeout_s, missing=missing)
+            return False
+        if now_s >= self._tells_s:
+            self._log.info("waiting", **fields, missing=missing)
+            self._tells_s = now_s + TELL_INTERVAL_S
+        self._pause(min(INTERVAL_S, self._ends_s - now_s))
+        return True
 
 
 def is_done(goal: Goal, seen: Overview) -> bool:

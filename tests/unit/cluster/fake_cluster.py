@@ -90,7 +90,8 @@ class FakePod:
 
 
 class FakeCluster:
-    """A `Cluster`. What stands in ``failures`` is raised by the calls of that name, one after the other."""
+    """A `Cluster`. What stands in ``failures`` is raised by lists of pods, one after the other, and what
+    stands in ``workload_failures`` by those of workloads."""
 
     def __init__(self, pods: Sequence[Pod], workloads: Sequence[Workload]) -> None:
         self.namespace = "lab"
@@ -98,18 +99,18 @@ class FakeCluster:
         self.workloads_now = list(workloads)
         self.answers: dict[str, Callable[[], str]] = {}
         self.failures: list[ClusterError | None] = []
+        self.workload_failures: list[ClusterError | None] = []
         self.asked: list[str] = []
         self.may_ask = True
         self.log_lines: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def pods(self, release: str) -> Sequence[Pod]:
-        failure = self.failures.pop(0) if self.failures else None
-        if failure is not None:
-            raise failure
+        self._fail(self.failures)
         return [each for each in self.pods_now if each.release == release]
 
     def workloads(self, release: str | None = None) -> Sequence[Workload]:
+        self._fail(self.workload_failures)
         return [each for each in self.workloads_now if release in (None, each.release)]
 
     def metrics(self, pod: Pod) -> str:
@@ -123,6 +124,11 @@ class FakeCluster:
 
     def last_log_line(self, pod: Pod) -> str | None:
         return self.log_lines.get(pod.name)
+
+    def _fail(self, failures: list[ClusterError | None]) -> None:
+        failure = failures.pop(0) if failures else None
+        if failure is not None:
+            raise failure
 
     def change(self, name: str, **fields: object) -> None:
         """Another state of one pod."""

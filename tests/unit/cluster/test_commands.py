@@ -71,6 +71,17 @@ def test_waiting_for_pods_ends_with_the_exit_code_that_scripts_rely_on(
 
 @needs_package("kubernetes")
 @pytest.mark.usefixtures("kubeconfig", "own_logging")
+def test_a_cluster_that_is_away_is_what_wait_ends_with_1_for_and_not_with_2(
+    api: FakeApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("deployments", "statefulsets"):
+        api.answers[f"/apis/apps/v1/namespaces/lab/{kind}"] = 503, b"upstream is gone"
+    assert cli.main(["wait", "demo", "--timeout", "0"]) == 1
+    assert "cannot answer now (HTTP 503): upstream is gone" in capsys.readouterr().err
+
+
+@needs_package("kubernetes")
+@pytest.mark.usefixtures("kubeconfig", "own_logging")
 @pytest.mark.parametrize(
     "words", [["status"], ["wait"], ["status", "-n", "lab", "x"], ["wait", "--context", "here", "x"]]
 )

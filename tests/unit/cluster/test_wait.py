@@ -138,6 +138,29 @@ def test_a_cluster_that_is_away_is_what_was_missing(waiting: Waiting) -> None:
     assert waiting.lines[-1][1]["missing"] == "cluster x does not answer"
 
 
+def test_a_cluster_that_is_away_from_the_beginning_is_waited_for(waiting: Waiting) -> None:
+    waiting.release.trains.training_complete.set(1)
+    waiting.release.cluster.workload_failures = [UnreachableError("cluster x does not answer")] * 3
+    assert waiting.run() == 0
+    assert len(waiting.clock.pauses) == 3
+    assert waiting.lines[0] == ("waiting", {"missing": "cluster x does not answer"})
+    assert (waiting.lines[-1][0], waiting.lines[-1][1]["release"]) == ("complete", "demo")
+
+
+def test_a_cluster_that_never_answers_is_the_end_of_the_time(waiting: Waiting) -> None:
+    waiting.release.cluster.workload_failures = [UnreachableError("cluster x does not answer")] * 10
+    assert waiting.run(timeout_s=5.0) == 1
+    assert sum(waiting.clock.pauses) == 5.0
+    assert waiting.lines[-1] == ("timeout", {"timeout_s": 5.0, "missing": "cluster x does not answer"})
+
+
+def test_a_release_that_is_not_there_is_not_waited_for(waiting: Waiting) -> None:
+    waiting.release.cluster.workloads_now = []
+    with pytest.raises(ClusterError, match="no release in namespace lab"):
+        waiting.run()
+    assert waiting.clock.pauses == []
+
+
 def test_a_ready_learner_whose_metrics_cannot_be_read_may_stand_behind_a_network_policy(
     waiting: Waiting,
 ) -> None:
