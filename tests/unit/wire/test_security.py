@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from services.config import RunConfig
 from services.wire import keygen
 from services.wire.arrivals import Arrivals
 from services.wire.security import (
@@ -348,11 +350,13 @@ def test_an_address_that_may_be_the_next_connections_is_not_told() -> None:
 class Server:
     """A parameter server's or a learner's socket with its doorkeeper, in the test's own process."""
 
-    def __init__(self, keys: Keys | None, endpoint: str = "tcp://127.0.0.1:*") -> None:
+    def __init__(
+        self, keys: Keys | None, endpoint: str = "tcp://127.0.0.1:*", most_bytes: int = LIMIT
+    ) -> None:
         self.refused: Counter[Refused] = Counter()
         self.door = Doorkeeper(keys, lambda reason: self.refused.update([reason]))
         try:
-            self.replier = Replier(endpoint, LIMIT, self.door)
+            self.replier = Replier(endpoint, most_bytes, self.door)
         except ValueError:
             self.door.close()
             raise
@@ -499,6 +503,20 @@ def test_what_is_no_zeromq_is_counted_once(garbage: bytes, keyed: bool, serve: S
         assert client.send([b"x"], 10.0)
         server.role_of_next()
     assert server.refused == {"handshake": 1}
+
+
+def test_a_stranger_fills_no_more_than_32_mib_by_default(
+    serve: Serve, keys: MakeKeys, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(keys("paramserver"), "tcp://127.0.0.1:*", RunConfig().wire.max_message_bytes)
+    host, port = server.endpoint.removeprefix("tcp://").split(":")
+    greeting = b"\xff" + bytes(7) + b"\x01\x7f" + b"\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
+    long_command = b"\x06" + struct.pack(">Q", 32 * 2**20 + 1)
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(greeting + long_command)
+        until(lambda: server.refused, "it is cut off")
+    assert server.refused == {"handshake": 1}
+    assert "no end of it" not in caplog.text  # as where the rest is waited for
 
 
 def restarted(serve: Serve, keys: Keys | None, endpoint: str) -> Server | None:
