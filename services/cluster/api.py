@@ -6,7 +6,7 @@ and makes the requests. Metrics come through the API server's proxy, so that a k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from services.cluster.manifests import error_message, read_pods, read_workloads
 from services.cluster.objects import (
+    ROLES,
     Cluster,
     ClusterError,
     Pod,
@@ -33,7 +34,7 @@ POD_TIMEOUT_S = (3.0, 4.0)
 NUM_CONNECTIONS = 20
 NONSENSE = (TypeError, AttributeError, KeyError, ValueError)
 """What the client runs into where a kubeconfig is none: it does not look before it reads."""
-LABEL = "app.kubernetes.io/name=impala"
+LABELS = "app.kubernetes.io/name=impala"
 
 
 def connect(context: str | None = None, namespace: str | None = None) -> Cluster:
@@ -84,18 +85,19 @@ class KubernetesCluster:
     def namespace(self) -> str:
         return self._namespace
 
-    def pods(self, release: str) -> list[Pod]:
-        return read_pods(self._list(self._core.list_namespaced_pod, release))
+    def pods(self, release: str, roles: Sequence[str] = ROLES) -> list[Pod]:
+        selector = f"{_labels(release)},app.kubernetes.io/component in ({','.join(roles)})"
+        return read_pods(self._list(self._core.list_namespaced_pod, selector))
 
     def workloads(self, release: str | None = None) -> list[Workload]:
         lists = (self._apps.list_namespaced_deployment, self._apps.list_namespaced_stateful_set)
-        return [workload for each in lists for workload in read_workloads(self._list(each, release))]
+        selector = LABELS if release is None else _labels(release)
+        return [workload for each in lists for workload in read_workloads(self._list(each, selector))]
 
-    def _list(self, method: Callable[..., Any], release: str | None) -> bytes:
+    def _list(self, method: Callable[..., Any], selector: str) -> bytes:
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        selector = LABEL if release is None else f"{LABEL},app.kubernetes.io/instance={release}"
         try:
             response = method(
                 self._namespace,
@@ -169,6 +171,10 @@ class KubernetesCluster:
         if status == 429 or status >= 500:
             return UnreachableError(f"cluster {self._host} cannot answer now (HTTP {status}): {message}")
         return ClusterError(f"cluster {self._host} refuses (HTTP {status}): {message}")
+
+
+def _labels(release: str) -> str:
+    return f"{LABELS},app.kubernetes.io/instance={release}"
 
 
 def _reason(error: Exception) -> str:

@@ -90,8 +90,8 @@ class Cluster(Protocol):
     def namespace(self) -> str:
         """Where the releases are looked for."""
 
-    def pods(self, release: str) -> Sequence[Pod]:
-        """Those of ``ROLES``. ClusterError."""
+    def pods(self, release: str, roles: Sequence[str] = ROLES) -> Sequence[Pod]:
+        """Those of ``roles``. ClusterError."""
 
     def workloads(self, release: str | None = None) -> Sequence[Workload]:
         """Those of ``release``, or of all. ClusterError."""

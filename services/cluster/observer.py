@@ -1,7 +1,8 @@
 """Looks at a release again and again: its pods, its workloads, and what those pods say of themselves.
 
 ``overview`` comes after it. However many actors there are, at most ``SAMPLE`` of them are asked, always the
-same ones as long as they live, because rates need two answers of one pod.
+same ones as long as they live, because rates need two answers of one pod. But all pods are listed, a list of
+a thousand is 9 MB, and several people may look at once: ``pause_s`` says how long to leave the cluster alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from services.ops.scrape import Increase, Scrape, increases, parse_metrics
 SAMPLE = 16
 """Of each role's pods."""
 NUM_THREADS = 16
+LARGE = 300
+"""More pods than these are listed every ``LARGE_INTERVAL_S`` at most."""
+LARGE_INTERVAL_S = 10.0
+PAUSES_PER_LIST = 5.0
+"""The pause is this many times as long as the lists took."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +70,19 @@ class Observer:
         release: str,
         *,
         roles: Sequence[str] = ROLES,
+        reads_metrics: bool = True,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
-        """``roles`` are those whose metrics are wanted."""
+        """``roles`` are those whose pods are looked at."""
         self._cluster = cluster
         self._release = release
         self._roles = tuple(roles)
+        self._reads_metrics = reads_metrics
         self._clock = clock
         self._unix_clock = unix_clock
+        self._lists_took_s = 0.0
+        self._num_pods = 0
         self._histories: dict[str, History] = {}
         self._learner = History()
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="observe")
@@ -85,9 +95,11 @@ class Observer:
 
     def look(self) -> Look:
         """ClusterError if the cluster does not tell; a pod that does not is only named."""
-        pods = tuple(self._cluster.pods(self._release))
+        began_s = self._clock()
+        pods = tuple(self._cluster.pods(self._release, self._roles))
         workloads = tuple(self._cluster.workloads(self._release))
-        asked = [pod for role in self._roles for pod in _sample(pods, role)]
+        self._lists_took_s, self._num_pods = self._clock() - began_s, len(pods)
+        asked = [pod for role in self._roles for pod in _sample(pods, role)] if self._reads_metrics else []
         answers = list(self._threads.map(self._ask, asked))
         self._histories = {pod.name: self._histories.get(pod.name, History()) for pod in asked}
         readings, silent = {}, {}
@@ -115,6 +127,11 @@ class Observer:
             returns=self._learner.returns,
             unix_time_s=self._unix_clock(),
         )
+
+    def pause_s(self, interval_s: float) -> float:
+        """Until the next look: ``interval_s``, or longer if this one was a burden to the cluster."""
+        at_least_s = LARGE_INTERVAL_S if self._num_pods > LARGE else 0.0
+        return max(interval_s, at_least_s, PAUSES_PER_LIST * self._lists_took_s)
 
     def _ask(self, pod: Pod) -> Scrape | PodSilentError:
         try:

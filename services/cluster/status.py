@@ -79,7 +79,7 @@ def _live(observer: Observer, console: Console, pause: Callable[[float], None]) 
         note = ""
         while True:
             live.update(render(seen, min(console.width, MAX_WIDTH), note), refresh=True)
-            pause(LIVE_INTERVAL_S)
+            pause(observer.pause_s(LIVE_INTERVAL_S))
             try:
                 seen, note = overview(observer.look()), ""
             except UnreachableError as error:
@@ -94,4 +94,4 @@ def _log_lines(observer: Observer, stream: TextIO, pause: Callable[[float], None
             log.info("status", **log_fields(overview(observer.look())))
         except UnreachableError as error:
             log.warning("unreachable", reason=str(error))
-        pause(PLAIN_INTERVAL_S)
+        pause(observer.pause_s(PLAIN_INTERVAL_S))

@@ -50,7 +50,6 @@ def wait(
 ) -> int:
     """Returns the exit code; ClusterError for what the user can mend."""
     patience = _Patience(options, log, pause, clock)
-    asked = ("learner",) if options.goal == "complete" else ()
     observer: Observer | None = None
     forbidden = 0
     with ExitStack() as stack:
@@ -58,10 +57,10 @@ def wait(
             try:
                 if observer is None:
                     release = find_release(cluster, options.release)
-                    observer = stack.enter_context(Observer(cluster, release, roles=asked, clock=clock))
+                    observer = stack.enter_context(_observer(cluster, release, options.goal, clock))
                 look = observer.look()
             except UnreachableError as error:
-                if not patience.goes_on(str(error)):
+                if not patience.goes_on(INTERVAL_S, str(error)):
                     return 1
                 continue
             seen = overview(look)
@@ -79,8 +78,15 @@ def wait(
                     f"{next(iter(look.silent.values()))}; `--for ready` needs no such permission"
                 )
             missing = what_is_missing(options.goal, look, seen)
-            if not patience.goes_on(missing, **progress_fields(seen)):
+            if not patience.goes_on(observer.pause_s(INTERVAL_S), missing, **progress_fields(seen)):
                 return 1
+
+
+def _observer(cluster: Cluster, release: str, goal: Goal, clock: Callable[[], float]) -> Observer:
+    """Of what ``goal`` needs: the learner alone tells the end of training, and no metrics who is ready."""
+    if goal == "ready":
+        return Observer(cluster, release, reads_metrics=False, clock=clock)
+    return Observer(cluster, release, roles=("learner",), clock=clock)
 
 
 class _Patience:
@@ -100,8 +106,8 @@ class _Patience:
         self._ends_s = math.inf if options.timeout_s is None else clock() + options.timeout_s
         self._tells_s = -math.inf
 
-    def goes_on(self, missing: str, **fields: object) -> bool:
-        """After a pause; False, at once, if the time is over. ``fields`` go with what is told."""
+    def goes_on(self, pause_s: float, missing: str, **fields: object) -> bool:
+        """After the pause; False, at once, if the time is over. ``fields`` go with what is told."""
         now_s = self._clock()
         if now_s >= self._ends_s:
             named = {} if self._options.release is None else {"release": self._options.release}
@@ -110,7 +116,7 @@ class _Patience:
         if now_s >= self._tells_s:
             self._log.info("waiting", **fields, missing=missing)
             self._tells_s = now_s + TELL_INTERVAL_S
-        self._pause(min(INTERVAL_S, self._ends_s - now_s))
+        self._pause(min(pause_s, self._ends_s - now_s))
         return True
 
 
@@ -122,12 +128,11 @@ def is_done(goal: Goal, seen: Overview) -> bool:
 def what_is_missing(goal: Goal, look: Look, seen: Overview) -> str:
     """In a few words."""
     missing = []
-    if goal == "ready":
-        late = (role for role in seen.roles if role.ready < role.desired or not role.is_settled)
-        missing += [f"{role.role} {role.ready} of {role.desired} ready" for role in late]
-    elif seen.training is not None:
+    if goal == "complete" and seen.training is not None:
         steps, total = seen.training.steps or 0, seen.training.run.total_steps
         missing.append(f"{total - steps:,} of {total:,} steps" if steps < total else "the last checkpoint")
+    late = (role for role in seen.roles if role.ready < role.desired or not role.is_settled)
+    missing += [f"{role.role} {role.ready} of {role.desired} ready" for role in late]
     missing += [f"{each.count} {each.role}: {each.reason}" for each in seen.troubles[:1]]
     if (
         goal == "complete"

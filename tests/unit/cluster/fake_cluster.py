@@ -8,7 +8,15 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from services.cluster.objects import ClusterError, Exit, Pod, PodForbiddenError, PodSilentError, Workload
+from services.cluster.objects import (
+    ROLES,
+    ClusterError,
+    Exit,
+    Pod,
+    PodForbiddenError,
+    PodSilentError,
+    Workload,
+)
 from services.ops.metrics import (
     ActorMetrics,
     EvaluatorMetrics,
@@ -100,14 +108,18 @@ class FakeCluster:
         self.answers: dict[str, Callable[[], str]] = {}
         self.failures: list[ClusterError | None] = []
         self.workload_failures: list[ClusterError | None] = []
+        self.listed: list[tuple[str, ...]] = []
+        self.on_list: Callable[[], None] = lambda: None
         self.asked: list[str] = []
         self.may_ask = True
         self.log_lines: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def pods(self, release: str) -> Sequence[Pod]:
+    def pods(self, release: str, roles: Sequence[str] = ROLES) -> Sequence[Pod]:
+        self.on_list()
+        self.listed.append(tuple(roles))
         self._fail(self.failures)
-        return [each for each in self.pods_now if each.release == release]
+        return [each for each in self.pods_now if each.release == release and each.role in roles]
 
     def workloads(self, release: str | None = None) -> Sequence[Workload]:
         self._fail(self.workload_failures)

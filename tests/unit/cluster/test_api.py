@@ -64,8 +64,16 @@ def test_a_release_is_read(api: FakeApi) -> None:
     assert (learner.name, learner.metrics_port) == ("learner-0", 9400)
     assert [(each.role, each.ready) for each in cluster.workloads()] == [("actor", 7), ("learner", 1)]
     assert cluster.metrics(learner) == "impala_learner_steps 5.0\n"
-    assert api.selectors[0] == "app.kubernetes.io/name=impala,app.kubernetes.io/instance=demo"
+    of_demo = "app.kubernetes.io/name=impala,app.kubernetes.io/instance=demo"
+    all_roles = "(learner,paramserver,relay,actor,evaluator)"
+    assert api.selectors[0] == f"{of_demo},app.kubernetes.io/component in {all_roles}"
     assert set(api.selectors[1:]) == {"app.kubernetes.io/name=impala"}
+    api.selectors.clear()
+    assert [each.role for each in cluster.workloads("demo")] == ["actor", "learner"]
+    assert set(api.selectors) == {of_demo}
+    api.selectors.clear()
+    cluster.pods("demo", ["learner"])
+    assert api.selectors == [f"{of_demo},app.kubernetes.io/component in (learner)"]
 
 
 @pytest.mark.usefixtures("kubeconfig")

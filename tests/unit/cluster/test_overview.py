@@ -6,7 +6,7 @@ import math
 import pytest
 
 from services.cluster.objects import ClusterError, UnreachableError
-from services.cluster.observer import SAMPLE, Observer
+from services.cluster.observer import LARGE, LARGE_INTERVAL_S, PAUSES_PER_LIST, SAMPLE, Observer
 from services.cluster.overview import Overview, overview
 from services.cluster.picture import as_json, log_fields
 from tests.unit.cluster.fake_cluster import FakeClock, Release, pod, workload
@@ -165,6 +165,38 @@ def test_of_a_thousand_actors_only_a_few_are_asked_and_always_the_same() -> None
     seen = watched.look()
     assert sorted(release.cluster.asked) == first
     assert (seen.actors_asked, seen.env_steps_per_s) == (SAMPLE, 10 * 1000)
+
+
+def test_who_looks_leaves_a_small_release_alone_for_as_long_as_he_wants() -> None:
+    watched = Watched(Release(num_actors=LARGE - 2))
+    watched.look()
+    assert watched.observer.pause_s(2.0) == 2.0
+
+
+def test_a_large_release_is_left_alone_for_longer() -> None:
+    watched = Watched(Release(num_actors=LARGE - 1))
+    watched.look()
+    assert watched.observer.pause_s(2.0) == LARGE_INTERVAL_S
+    assert watched.observer.pause_s(30.0) == 30.0
+
+
+def test_a_cluster_whose_lists_take_long_is_left_alone_several_times_as_long() -> None:
+    release = Release()
+    watched = Watched(release)
+    clock = watched.clock
+    release.cluster.on_list = lambda: setattr(clock, "now_s", clock.now_s + 3.0)
+    watched.look()
+    assert watched.observer.pause_s(2.0) == 3.0 * PAUSES_PER_LIST
+    release.cluster.on_list = lambda: None
+    slow_pod = release.cluster.answers["learner-0"]
+
+    def answer() -> str:
+        clock.now_s += 3.0
+        return slow_pod()
+
+    release.cluster.answers["learner-0"] = answer
+    watched.look()
+    assert watched.observer.pause_s(2.0) == 2.0, "a pod that is slow is no burden to others"
 
 
 def test_actors_that_are_ready_are_asked_before_others() -> None:

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from services.cluster.objects import ClusterError, UnreachableError
+from services.cluster.observer import PAUSES_PER_LIST
 from services.cluster.status import Options, status
 from tests.unit.cluster.fake_cluster import FakeClock, Release, workload
 
@@ -90,6 +91,17 @@ def test_live_it_repaints_and_leaves_the_last_picture_and_the_cursor(
     assert "50 steps/s" in text
     assert "cluster does not answer" in text
     assert text.rstrip().endswith("\x1b[?25h"), "the cursor is visible again"
+
+
+@pytest.mark.usefixtures("own_logging")
+@pytest.mark.parametrize("options", [Options(), Options(plain=True)], ids=["live", "plain"])
+def test_a_cluster_that_is_slow_is_asked_less_often(
+    release: Release, clock: FakeClock, options: Options
+) -> None:
+    release.cluster.on_list = lambda: setattr(clock, "now_s", clock.now_s + 4.0)
+    clock.on_pause = [interrupted]
+    shown(release, clock, options, Terminal())
+    assert clock.pauses == [4.0 * PAUSES_PER_LIST]
 
 
 @pytest.mark.usefixtures("own_logging")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from services.cluster.objects import ClusterError, Exit, UnreachableError
+from services.cluster.observer import PAUSES_PER_LIST
 from services.cluster.wait import FORBIDDEN_LOOKS, LOOP_RESTARTS, TELL_INTERVAL_S, Goal, Options, wait
 from services.ops.logging import get_logger
 from tests.unit.cluster.fake_cluster import FakeClock, Release, workload
@@ -72,12 +73,18 @@ def test_the_time_is_over_and_what_was_missing_is_said(waiting: Waiting) -> None
     assert (event, fields["missing"]) == ("timeout", "750 of 1,000 steps")
 
 
-def test_a_pod_in_trouble_is_part_of_what_was_missing(waiting: Waiting) -> None:
-    waiting.release.cluster.change(
-        "actor-0001", is_ready=False, is_running=False, trouble="cannot be scheduled"
-    )
+def test_pods_that_are_not_ready_are_part_of_what_was_missing(waiting: Waiting) -> None:
+    waiting.release.cluster.workloads_now = [workload("learner"), workload("actor", 2, 1)]
     assert waiting.run(timeout_s=0.0) == 1
-    assert waiting.lines[-1][1]["missing"] == "1,000 of 1,000 steps; 1 actor: cannot be scheduled"
+    assert waiting.lines[-1][1]["missing"] == "1,000 of 1,000 steps; actor 1 of 2 ready"
+
+
+def test_why_a_pod_is_not_ready_is_part_of_what_was_missing(waiting: Waiting) -> None:
+    cluster = waiting.release.cluster
+    cluster.workloads_now = [workload("learner"), workload("actor", 2, 1)]
+    cluster.change("actor-0001", is_ready=False, is_running=False, trouble="cannot be scheduled")
+    assert waiting.run("ready", timeout_s=0.0) == 1
+    assert waiting.lines[-1][1]["missing"] == "actor 1 of 2 ready; 1 actor: cannot be scheduled"
 
 
 def test_a_timeout_of_nothing_looks_once(waiting: Waiting) -> None:
@@ -303,7 +310,20 @@ def test_a_release_that_is_uninstalled_meanwhile_is_given_up(waiting: Waiting) -
     assert waiting.lines[-1][1]["reason"] == "the release is gone"
 
 
-def test_only_the_learner_is_asked_for_metrics(waiting: Waiting) -> None:
+def test_the_end_of_training_takes_the_learner_only(waiting: Waiting) -> None:
     waiting.release.trains.training_complete.set(1)
     waiting.run()
+    assert waiting.release.cluster.listed == [("learner",)]
     assert waiting.release.cluster.asked == ["learner-0"]
+
+
+def test_a_cluster_that_is_slow_is_asked_less_often(waiting: Waiting) -> None:
+    clock = waiting.clock
+    waiting.release.cluster.on_list = lambda: setattr(clock, "now_s", clock.now_s + 4.0)
+    clock.on_pause = [lambda: waiting.release.trains.training_complete.set(1)]
+    assert waiting.run() == 0
+    assert clock.pauses == [4.0 * PAUSES_PER_LIST]
+    waiting.release.trains.training_complete.set(0)
+    clock.pauses.clear()
+    assert waiting.run(timeout_s=15.0) == 1
+    assert clock.pauses == [11.0], "no longer than there is time"
