@@ -287,7 +287,7 @@ class WireConfig(Section):
     receive_queue: Annotated[int, Field(ge=1, le=64)] = 2
     """Rollout messages a learner's socket may hold per actor."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 32 * 2**20
-    """Larger messages are refused. With or without keys, a stranger can make a pod hold so much a connection."""
+    """Larger messages are refused. So much memory a stranger can fill with each connection, keys or none."""
     keys: Path | None = None
     """Directory of the keys by which peers know each other, made by `impala keygen`: `seed`, or the own
     `<role>.secret` and the peers' `<role>.public`. With them all that crosses these addresses is encrypted,

@@ -15,11 +15,12 @@ Publish
     fall: an older publish changes nothing, is counted as refused (`stale`), and its answer names the version
     that is held. A learner that went back to a checkpoint therefore numbers its next version above it.
     Without a payload it only updates the run's state, and its answer tells the learner whether the server
-    needs the payload (because it was restarted). A relay takes none (`relay`), and where peers have proved
-    their roles, nobody takes one but from a learner (`role`).
+    needs the payload (because it was restarted). A relay takes none (`relay`).
 Goodbye
     ends the sender's seat and its held request. It has no answer.
 
+Where peers have proved their roles, only learners publish; seats are taken and given back by actors, each its
+own, and by relays, for anybody. The rest is refused (`role`).
 Anything else is counted by its reason and answered with a Refusal, at most once per second and peer: what
 arrives can neither stop the server nor make it talk without end. A refusal that arrives is never answered.
 The payload is one buffer, shared by the store, by all answers and by the writer of snapshots.
@@ -110,11 +111,13 @@ class Server:
         except WireError as error:
             return self._refuse(peer, error.reason, str(error), now_s)
         self._window.end(peer)  # whoever speaks again has what it was sent
+        forbidden = None if role is None else _forbidden(message, role)
+        if forbidden is not None:
+            text = f"only {forbidden}, and this is the key of role {role}"
+            return self._refuse(peer, "role", text, now_s)
         match message:
             case Pull():
                 return self._pull(peer, message, now_s)
-            case Publish() if role not in (None, "learner"):
-                return self._refuse(peer, "role", f"a learner may publish, and this is no {role}'s", now_s)
             case Publish():
                 return self._publish(peer, message, now_s)
             case Goodbye():
@@ -255,3 +258,17 @@ class Server:
 
     def _to(self, peer: bytes, message: Message) -> Reply:
         return Reply(peer=peer, frames=encode(message))
+
+
+def _forbidden(message: Message, role: str) -> str | None:
+    """Who may ask for this, where ``role`` may not; None where it may."""
+    match message:
+        case Publish() if role != "learner":
+            return "a learner may publish"
+        case Pull() if role == "actor" and any(client != message.sender for client in message.seats_for):
+            return "a relay may ask for the seats of others"
+        case Pull() if role not in ("actor", "paramserver") and message.seats_for:
+            return "an actor or a relay may ask for seats"
+        case Goodbye() if role not in ("actor", "paramserver"):
+            return "an actor or a relay may give seats back"
+    return None

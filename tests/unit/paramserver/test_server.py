@@ -10,7 +10,18 @@ import pytest
 from services.paramserver.server import MAX_REFUSED_PEERS, REFUSAL_INTERVAL_S
 from services.paramserver.store import Snapshot
 from services.wire.codec import REASONS, decode, encode
-from services.wire.messages import PROTOCOL_VERSION, PackedArray, Refusal, Rollout, Weights
+from services.wire.messages import (
+    PROTOCOL_VERSION,
+    Client,
+    Goodbye,
+    Message,
+    PackedArray,
+    Published,
+    Pull,
+    Refusal,
+    Rollout,
+    Weights,
+)
 from tests.unit.paramserver.harness import (
     EXPECTED,
     HOLD_S,
@@ -25,7 +36,7 @@ from tests.unit.paramserver.harness import (
 )
 
 V5 = Snapshot(version=5, steps=3200, state="training", payload=b"five")
-A, B = client("a"), client("b")
+A, B, C = client("a"), client("b"), client("c")
 SEATED_A = client("a", seat=0)
 
 
@@ -335,6 +346,7 @@ def test_who_has_proved_another_role_than_a_learners_publishes_nothing(node: Nod
     refusal = decode(replies[0].frames, EXPECTED)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "role"
+    assert refusal.text == f"only a learner may publish, and this is the key of role {role}"
     assert node.store.snapshot.version == 5
     assert node.count("refused_requests_total", reason="role") == 1
     assert node.count("publishes_total") == 0
@@ -350,10 +362,56 @@ def test_a_learner_publishes_and_so_does_anybody_where_there_are_no_keys(
 
 @pytest.mark.parametrize("role", ["actor", "learner", "evaluator", "paramserver"])
 def test_every_role_may_ask_for_weights(node: Node, role: str) -> None:
-    (reply,) = node.server.handle(b"X", encode(pull(A)), node.now_s, role)
+    (reply,) = node.server.handle(b"X", encode(pull(A, wants_seat=False)), node.now_s, role)
     answer = decode(reply.frames, EXPECTED)
     assert isinstance(answer, Weights)
     assert answer.payload is not None
+
+
+def num_seats_of(node: Node) -> int:
+    """As the learner is told."""
+    return only(Published, node.ask(b"L", publish(5, payload=None))).num_seats
+
+
+def asks_for(sender: Client, *others: Client) -> Pull:
+    return replace(pull(sender), seats_for=(sender, *others))
+
+
+@pytest.mark.parametrize(
+    ("role", "message", "why"),
+    [
+        ("actor", asks_for(A, B), "only a relay may ask for the seats of others"),
+        ("actor", replace(pull(A), seats_for=(B,)), "only a relay may ask for the seats of others"),
+        ("learner", pull(A), "only an actor or a relay may ask for seats"),
+        ("evaluator", pull(A), "only an actor or a relay may ask for seats"),
+        ("learner", Goodbye(run_id="run", sender=A), "only an actor or a relay may give seats back"),
+        ("evaluator", Goodbye(run_id="run", sender=A), "only an actor or a relay may give seats back"),
+    ],
+)
+def test_who_has_proved_another_role_takes_and_ends_no_seat_of_an_actor(
+    node: Node, role: str, message: Message, why: str
+) -> None:
+    (reply,) = node.server.handle(b"X", encode(message), node.now_s, role)
+    refusal = decode(reply.frames, EXPECTED)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.text) == ("role", f"{why}, and this is the key of role {role}")
+    assert num_seats_of(node) == 1
+    assert node.count("refused_requests_total", reason="role") == 1
+
+
+@pytest.mark.parametrize(("role", "num_seats"), [("actor", 1), ("paramserver", 3), (None, 3)])
+def test_an_actor_takes_and_ends_its_own_seat_and_a_relay_those_of_all(
+    node: Node, role: str | None, num_seats: int
+) -> None:
+    message = asks_for(A) if role == "actor" else asks_for(A, B, C)
+    (reply,) = node.server.handle(b"X", encode(message), node.now_s, role)
+    answer = decode(reply.frames, EXPECTED)
+    assert isinstance(answer, Weights)
+    assert answer.seats == tuple(range(num_seats))
+    assert num_seats_of(node) == num_seats
+    node.server.handle(b"X", encode(Goodbye(run_id="run", sender=A)), node.now_s, role)
+    assert num_seats_of(node) == num_seats - 1
+    assert node.count("refused_requests_total", reason="role") == 0
 
 
 def test_messages_that_are_no_requests_are_refused(node: Node) -> None:
