@@ -11,9 +11,9 @@ Between versions it keeps asking what the server holds, so a restarted server ge
 
 from __future__ import annotations
 
-import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,7 +118,8 @@ class Publisher:
         """What the server held when it last answered."""
         self.num_actors = 0
         """That hold seats, lately."""
-        self._so_many_s = -math.inf
+        self._counts: deque[tuple[float, int]] = deque()
+        """Until when there were so many actors: of the last answers those that no later one exceeds."""
         self._confirmed: tuple[int, RunState] | None = None
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why nothing can be published, or None."""
@@ -144,7 +145,10 @@ class Publisher:
         ours = _Edition(version=version, steps=steps, state=state, payload=b"")
         with self._connect() as requester:
             answer = self._ask(requester, self._publish(ours, with_payload=False), deadline_s)
-            if not isinstance(answer, Published) or answer.version <= version:
+            if not isinstance(answer, Published):
+                return None
+            self._count_actors(answer.num_seats, time.monotonic())
+            if answer.version <= version:
                 return None
             pull = Pull(run_id=self._expected.run_id, sender=self._client, have_version=version, seats_for=())
             weights = self._ask(requester, pull, deadline_s)
@@ -197,8 +201,15 @@ class Publisher:
         return answer is not None
 
     def _count_actors(self, num_actors: int, now_s: float) -> None:
-        if num_actors >= self.num_actors or now_s > self._so_many_s + FEWER_ACTORS_S:
-            self.num_actors, self._so_many_s = num_actors, now_s
+        """The most that there were in ``FEWER_ACTORS_S``; what was answered counts until the next answer."""
+        if self._counts:
+            self._counts[-1] = (now_s, self._counts[-1][1])
+        while self._counts and self._counts[-1][1] <= num_actors:
+            self._counts.pop()
+        self._counts.append((now_s, num_actors))
+        while self._counts[0][0] < now_s - FEWER_ACTORS_S:
+            self._counts.popleft()
+        self.num_actors = self._counts[0][1]
 
     def _publish(self, edition: _Edition, with_payload: bool) -> Publish:
         return Publish(

@@ -450,20 +450,44 @@ def test_the_copy_from_a_gpu_holds_the_weights_of_the_moment_it_was_started() ->
 # --- how many actors there are ---------------------------------------------------------------------
 
 
-def test_more_actors_are_believed_at_once_and_fewer_only_after_a_while(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def told(num_seats: int) -> int:
-        """How many actors the publisher counts once it has the answer to its next announcement."""
-        scene.server.next(Publish)
-        scene.hold(version=1, num_seats=num_seats)
-        scene.server.next(Publish)  # which it only sends after it has read the answer
-        scene.hold(version=1, num_seats=num_seats)
-        return scene.publisher.num_actors
+def test_more_actors_are_believed_at_once_and_fewer_only_after_a_while(unstarted: Scene) -> None:
+    publisher = unstarted.publisher
+    for now_s, num_seats, believed in (
+        (0.0, 200, 200),
+        (2.0, 256, 256),
+        (4.0, 240, 256),
+        (63.0, 0, 256),  # the server was restarted
+        (64.1, 0, 240),  # 256 were there until 4.0
+        (65.0, 240, 240),
+        (123.0, 0, 240),
+        (182.9, 0, 240),
+        (183.1, 0, 0),
+        (183.2, 7, 7),
+    ):
+        publisher._count_actors(num_seats, now_s)
+        assert publisher.num_actors == believed, now_s
 
+
+def test_actors_that_were_there_before_the_server_fell_silent_are_not_forgotten(unstarted: Scene) -> None:
+    publisher = unstarted.publisher
+    publisher._count_actors(256, 0.0)
+    publisher._count_actors(0, 1000.0)
+    assert publisher.num_actors == 256
+    publisher._count_actors(0, 1060.1)
+    assert publisher.num_actors == 0
+
+
+def test_the_number_of_actors_comes_with_each_answer(scene: Scene) -> None:
     scene.offer(1)
-    assert told(200) == 200
-    assert told(3) == 200  # the server has just been restarted, say
-    assert told(256) == 256
-    monkeypatch.setattr(publisher_module, "FEWER_ACTORS_S", 0.0)
-    assert told(4) == 4
+    scene.server.next(Publish)
+    scene.hold(version=1, num_seats=200)
+    until(lambda: scene.publisher.num_actors == 200)
+
+
+def test_a_learner_that_starts_knows_at_once_how_many_actors_there_are(unstarted: Scene) -> None:
+    unstarted.server.start()
+    fetch = Fetch(unstarted, version=5)
+    unstarted.server.next(Publish)
+    unstarted.hold(5, num_seats=300)
+    assert fetch.result() is None
+    assert unstarted.publisher.num_actors == 300
