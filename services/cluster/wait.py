@@ -78,7 +78,9 @@ def wait(
                     f"{next(iter(look.silent.values()))}; `--for ready` needs no such permission"
                 )
             missing = what_is_missing(options.goal, look, seen)
-            if not patience.goes_on(observer.pause_s(INTERVAL_S), missing, **progress_fields(seen)):
+            if not patience.goes_on(
+                observer.pause_s(INTERVAL_S), missing, release=look.release, **progress_fields(seen)
+            ):
                 return 1
 
 
@@ -99,7 +101,7 @@ class _Patience:
         pause: Callable[[float], None],
         clock: Callable[[], float],
     ) -> None:
-        self._options = options
+        self._timeout_s = options.timeout_s
         self._log = log
         self._pause = pause
         self._clock = clock
@@ -110,8 +112,7 @@ class _Patience:
         """After the pause; False, at once, if the time is over. ``fields`` go with what is told."""
         now_s = self._clock()
         if now_s >= self._ends_s:
-            named = {} if self._options.release is None else {"release": self._options.release}
-            self._log.error("timeout", **named, timeout_s=self._options.timeout_s, missing=missing)
+            self._log.error("timeout", **fields, timeout_s=self._timeout_s, missing=missing)
             return False
         if now_s >= self._tells_s:
             self._log.info("waiting", **fields, missing=missing)

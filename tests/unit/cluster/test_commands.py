@@ -64,7 +64,7 @@ def test_waiting_for_pods_ends_with_the_exit_code_that_scripts_rely_on(
     assert cli.main(["wait", "demo", "--for", "ready", "--timeout", "0"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert 'timeout release=demo timeout_s=0 missing="actor 5 of 8 ready"' in captured.err
+    assert 'timeout release=demo ready="actor=5/8" timeout_s=0 missing="actor 5 of 8 ready"' in captured.err
     api.lists("deployments", [deployment("actor", 8, 8)])
     assert cli.main(["wait", "--for=ready"]) == 0
 

@@ -71,6 +71,7 @@ def test_the_time_is_over_and_what_was_missing_is_said(waiting: Waiting) -> None
     assert sum(waiting.clock.pauses) == 5.0
     event, fields = waiting.lines[-1]
     assert (event, fields["missing"]) == ("timeout", "750 of 1,000 steps")
+    assert (fields["release"], fields["steps"]) == ("demo", 250)
 
 
 def test_pods_that_are_not_ready_are_part_of_what_was_missing(waiting: Waiting) -> None:
