@@ -24,6 +24,7 @@ class Arrivals:
         self._address_of = address_of
         self._young: dict[int, float] = {}  # the oldest first
         self._unresolved = 0
+        self._explained = 0
         self._looked_up: dict[int, str | None] = {}
         self._addresses: dict[int, str | None] = {}
 
@@ -43,15 +44,23 @@ class Arrivals:
         self._looked_up.pop(connection, None)
         return self._addresses.pop(connection, None)
 
+    def explained(self) -> None:
+        """One of them has failed, and why was told, which may be before it counts as failed."""
+        self._explained += 1
+
     def no_news(self) -> None:
         """Everything that had happened by now has been told."""
         self._addresses |= self._looked_up
         self._looked_up.clear()
 
-    def failed(self, now_s: float) -> int:
-        """How many have failed since this was last asked."""
+    def failed(self, now_s: float) -> tuple[int, int]:
+        """How many have failed since this was last asked, and of how many of them nobody has told why."""
         while self._young and next(iter(self._young.values())) < now_s - self._handshake_s:
             del self._young[next(iter(self._young))]
         failed = max(0, self._unresolved - len(self._young))
         self._unresolved -= failed
-        return failed
+        unexplained = max(0, failed - self._explained)
+        self._explained -= failed - unexplained
+        if self._unresolved <= 0:  # nobody is left who may still count as failed
+            self._explained = 0
+        return failed, unexplained

@@ -235,16 +235,16 @@ class Doorkeeper:
                 if not self._questions.poll(0):
                     break
                 self._questions.send_multipart(self._answer(self._questions.recv_multipart()))
-        taken = explained = 0
+        taken = 0
         for event, value, _endpoint in itertools.islice(self._events.take(), MOST_AT_ONCE):
             taken += 1
-            explained += self._note(event, value)
+            self._note(event, value)
         if taken < MOST_AT_ONCE:  # none was left after the last one had been noted
             self._arrivals.no_news()
-        failed = self._arrivals.failed(time.monotonic())
+        failed, unexplained = self._arrivals.failed(time.monotonic())
         for _ in range(failed):
             self._count("handshake")
-        if failed > explained:
+        if unexplained:
             self._log.warning("handshake_failed", error="the peer does not speak ZeroMQ")
 
     def close(self) -> None:
@@ -265,21 +265,19 @@ class Doorkeeper:
         self._log.warning("unknown_key", address=address.decode(errors="replace"))
         return [version, request, b"400", b"unknown key", b"", b""]
 
-    def _note(self, event: int, value: int) -> bool:
-        """Whether it explains why a handshake has failed."""
+    def _note(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._arrivals.accepted(value, time.monotonic())
         elif event == zmq.EVENT_DISCONNECTED:
             address = self._arrivals.ended(value)
             why, self._why = self._why, ""
             if why:
+                self._arrivals.explained()
                 self._log.warning("handshake_failed", address=address or "unknown", error=why)
-            return bool(why)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._arrivals.resolved()
         else:
             self._why = why_failed(event, value)  # the end of that connection is told next
-        return False
 
 
 def address_of(connection: int) -> str | None:

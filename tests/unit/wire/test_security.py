@@ -271,7 +271,10 @@ class Door:
         self.now_s = 100.0
 
     def failed(self) -> int:
-        return self.arrivals.failed(self.now_s)
+        return self.arrivals.failed(self.now_s)[0]
+
+    def unexplained(self) -> int:
+        return self.arrivals.failed(self.now_s)[1]
 
     def accept(self, *connections: int) -> None:
         for connection in connections:
@@ -314,6 +317,32 @@ def test_a_failure_among_young_connections_is_counted_once_they_are_old() -> Non
     assert door.failed() == 1
     door.arrivals.ended(5)
     assert door.failed() == 0
+
+
+def test_a_failure_that_counts_late_is_not_explained_twice() -> None:
+    door = Door()
+    door.accept(5, 6)
+    door.succeed()
+    door.arrivals.ended(6)
+    door.arrivals.explained()
+    assert door.unexplained() == 0
+    door.now_s += 10.1  # only now it counts
+    assert door.arrivals.failed(door.now_s) == (1, 0)
+    door.accept(7)
+    door.arrivals.ended(7)  # without a word
+    assert door.arrivals.failed(door.now_s) == (1, 1)
+
+
+def test_what_is_told_of_one_that_was_refused_explains_no_other() -> None:
+    door = Door()
+    door.accept(5)
+    door.succeed()
+    door.arrivals.ended(5)
+    door.arrivals.explained()
+    assert door.arrivals.failed(door.now_s) == (0, 0)
+    door.accept(6)
+    door.arrivals.ended(6)
+    assert door.arrivals.failed(door.now_s) == (1, 1)
 
 
 def test_the_number_of_a_connection_may_come_again() -> None:
