@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import math
 import socket
 import struct
 import threading
@@ -66,6 +67,8 @@ TURN_S = 0.5
 MOST_AT_ONCE = 1000
 """Of what there is to do in a turn, so that no flood keeps one from its end."""
 LOG_INTERVAL_S = 10.0
+LOOK_S = 0.25
+"""How often a client that sends looks whether it was refused: looking takes as long as sending."""
 
 _log = get_logger("wire").limited(LOG_INTERVAL_S)
 _names = itertools.count()
@@ -308,10 +311,12 @@ class Handshakes:
             zmq.EVENT_HANDSHAKE_SUCCEEDED
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-            | zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_CLOSED,  # which only an attempt to connect reports that came to nothing
         )
         self._clock = clock
         self._given_up_s: float | None = None
+        self._looked_s = -math.inf
         self._trouble: str | None = None
 
     @property
@@ -322,15 +327,17 @@ class Handshakes:
 
     def take_given_up(self, pause_s: float) -> bool:
         """Whether libzmq gave up ``pause_s`` ago, which is told once: it is time to connect anew."""
-        self._look()
+        if self._clock() >= self._looked_s + LOOK_S:
+            self._look()
         if self._given_up_s is None or self._clock() < self._given_up_s + pause_s:
             return False
         self._given_up_s = None
         return True
 
     def _look(self) -> None:
+        self._looked_s = self._clock()
         for event, value, endpoint in self._events.take():
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            if event in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_CLOSED):
                 self._trouble = None
                 continue
             self._trouble = f"handshake with {endpoint} failed: {why_failed(event, value)}"

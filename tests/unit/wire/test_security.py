@@ -23,6 +23,7 @@ from services.wire.security import (
     ROLES,
     ZAP,
     Doorkeeper,
+    Handshakes,
     Keys,
     Refused,
     Role,
@@ -570,6 +571,39 @@ def test_a_client_gets_in_once_the_server_has_the_right_keys(
         until(lambda: client.send([b"x"], 0.1), "a connection")
         assert server.role_of_next() == "actor"
         assert client.trouble is None
+
+
+def test_what_was_wrong_with_a_server_that_has_gone_is_not_said_any_more(
+    serve: Serve, keys: MakeKeys
+) -> None:
+    server = serve(keys("paramserver"))
+    with Requester(server.endpoint, LIMIT) as client:
+        until(lambda: client.trouble, "it is refused")
+        server.close()
+        until(lambda: not client.send([b"x"], 0.0) and client.trouble is None, "nobody is there")
+
+
+class Looks:
+    """In place of what libzmq reports: nothing, but counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def take(self) -> Iterator[tuple[int, int, str]]:
+        self.count += 1
+        return iter(())
+
+
+def test_who_sends_does_not_look_each_time_whether_it_was_refused() -> None:
+    clock = iter([100.0, 100.0, 100.1, 100.2, 100.3, 100.3, 100.4, 100.6, 100.6])
+    with RolloutSender(["tcp://127.0.0.1:1"], 2, LIMIT) as sender:
+        handshakes = Handshakes(sender._socket, clock=lambda: next(clock))
+        handshakes.close()
+        handshakes._events = looks = Looks()  # type: ignore[assignment]
+        for _ in range(6):
+            handshakes.take_given_up(2.0)
+    assert looks.count == 3  # at 100.0, 100.3 and 100.6
+    assert not list(clock)
 
 
 def by_name(endpoint: str) -> str:
