@@ -188,8 +188,14 @@ class Publisher:
             self._changed.notify_all()
 
     def _send(self, requester: Requester, edition: _Edition, with_payload: bool) -> bool:
-        """Whether the server answered."""
-        answer = self._ask(requester, self._publish(edition, with_payload), time.monotonic() + ANSWER_S)
+        """False if the server was sent this and is silent.
+
+        While it is not there to be sent anything, the socket goes on trying by itself: a new one would begin
+        its handshake anew.
+        """
+        if not self._post(requester, self._publish(edition, with_payload), time.monotonic() + ANSWER_S):
+            return True
+        answer = self._hear(requester, time.monotonic() + ANSWER_S)
         if isinstance(answer, Published):
             self.trouble = None
             self._count_actors(answer.num_seats, time.monotonic())
@@ -222,10 +228,19 @@ class Publisher:
         )
 
     def _ask(self, requester: Requester, request: Message, deadline_s: float) -> Message | None:
-        while not requester.send(codec.encode(request), POLL_S):
+        sent = self._post(requester, request, deadline_s)
+        return self._hear(requester, deadline_s) if sent else None
+
+    def _post(self, requester: Requester, request: Message, deadline_s: float) -> bool:
+        """Whether the server is there."""
+        frames = codec.encode(request)
+        while not requester.send(frames, POLL_S):
             if time.monotonic() > deadline_s or self._stopping.is_set():
                 self._trouble(requester.trouble or "parameter server not reachable")
-                return None
+                return False
+        return True
+
+    def _hear(self, requester: Requester, deadline_s: float) -> Message | None:
         while not self._stopping.is_set():
             frames = requester.receive(POLL_S)
             if frames is not None:

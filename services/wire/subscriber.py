@@ -4,6 +4,10 @@ After it comes whoever plays, an actor between two unrolls or an evaluator betwe
 is ``newest`` and never waits for the network. The request also renews an actor's seat, and its answer brings
 the state of the run. A missing, restarted or incompatible server is waited for, with jitter and with one log
 line now and then. What the weights are is for ``decode`` to know: nothing here reaches torch.
+
+A server that is not there, or has not ended the handshake yet, is left to the socket, which tries again by
+itself: who began anew would take the last place in a queue of a thousand. Only a request that has left and is
+not answered ends a connection, which may lead to a machine that is gone.
 """
 
 from __future__ import annotations
@@ -32,6 +36,12 @@ from services.wire.sockets import Requester
 
 POLL_S = 0.25
 REFUSED_PAUSE_S = 2.0
+BACK_OFF_S = 10.0
+"""The longest pause after a silence."""
+THANKS_S = 0.25
+"""The longest pause without thanks, until which the server takes the weights for still on their way."""
+THANKS = 1
+"""The number of the request that only says so; all others are 0."""
 BEHIND_S = 10.0
 """A restarted server holds less than its actors until the learner publishes again, which takes 2 s."""
 
@@ -74,7 +84,10 @@ class Subscriber(Generic[T]):
         self._expected = expected
         self._decode = decode
         self._wants_seat = wants_seat
+        self._hold_s = hold_s
         self._patience_s = 2 * hold_s
+        self._silences = 0
+        """Since the last answer."""
         self._interval_s = interval_s
         self._stopping = stopping
         self._seated = threading.Event()
@@ -114,25 +127,35 @@ class Subscriber(Generic[T]):
         while not self._stopping.is_set():
             with self._connect() as requester:
                 self._converse(requester)
+            # Whom one silence met together does not come back together.
+            longest_s = min(self._hold_s * 2 ** min(self._silences, 8), BACK_OFF_S)
+            self._stopping.wait(random.uniform(0.0, longest_s))
+            self._silences += 1
 
     def _converse(self, requester: Requester) -> None:
         """Until the server falls silent or the pod stops."""
         while not self._stopping.is_set():
+            had = self.newest
+            if not self._ask(requester):
+                return
             asked_s = time.monotonic()
-            if not self._ask(requester, asked_s) or not self._await_reply(requester, asked_s):
+            if not self._await_reply(requester, asked_s):
                 return
             pause_s = self._interval_s - (time.monotonic() - asked_s)
+            if self.newest is not had and pause_s > THANKS_S:
+                requester.send(codec.encode(self._thanks()), 0.0)
             self._stopping.wait(max(0.0, pause_s))
         if self._wants_seat:  # otherwise an actor of the same name would lose its seat
             farewell = Goodbye(run_id=self._expected.run_id, sender=self._client)
             requester.send(codec.encode(farewell), 0.0)
         requester.close(linger_s=0.5)
 
-    def _ask(self, requester: Requester, asked_s: float) -> bool:
+    def _ask(self, requester: Requester) -> bool:
+        """As soon as the server is there; False if the pod stops before."""
         frames = codec.encode(self._request())
         while not requester.send(frames, POLL_S):
             self._trouble(requester.trouble or "parameter server not reachable")
-            if self._stopping.is_set() or time.monotonic() - asked_s > self._patience_s:
+            if self._stopping.is_set():
                 return False
         return True
 
@@ -145,6 +168,10 @@ class Subscriber(Generic[T]):
             seats_for=(self._client,) if self._wants_seat else (),
         )
 
+    def _thanks(self) -> Pull:
+        """A request to which no weights are the answer; the next one takes its place."""
+        return replace(self._request(), have_version=codec.MAX_COUNT - 1, request=THANKS)
+
     def _is_behind(self) -> bool:
         """The server has held less than we do for so long that its run must have gone back."""
         return self._behind_since_s is not None and time.monotonic() - self._behind_since_s > BEHIND_S
@@ -153,14 +180,16 @@ class Subscriber(Generic[T]):
         while not self._stopping.is_set():
             frames = requester.receive(POLL_S)
             if frames is not None:
-                self._take(frames)
-                return True
+                self._silences = 0
+                if self._take(frames):
+                    return True
             if time.monotonic() - asked_s > self._patience_s:
                 self._trouble("parameter server does not answer")
                 return False
         return True
 
-    def _take(self, frames: list[Buffer]) -> None:
+    def _take(self, frames: list[Buffer]) -> bool:
+        """Whether this answers the request, and not the thanks before it."""
         try:
             reply = codec.decode(frames, self._expected)
             if isinstance(reply, Refusal):
@@ -168,11 +197,13 @@ class Subscriber(Generic[T]):
                 self._stopping.wait(REFUSED_PAUSE_S * random.uniform(0.5, 1.5))
             elif isinstance(reply, Weights):
                 self._accept(reply)
+                return reply.request != THANKS
             else:
                 self._trouble(f"unusable reply: {type(reply).__name__}")
         except ValueError as error:  # WireError is one too
             self._trouble(f"unusable reply: {error}")
             self._stopping.wait(REFUSED_PAUSE_S * random.uniform(0.5, 1.5))
+        return True
 
     def _accept(self, reply: Weights) -> None:
         if reply.payload is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import threading
 import time
@@ -26,7 +27,8 @@ from services.wire.messages import (
     RunState,
     Weights,
 )
-from tests.unit.learner.fake_server import DEADLINE_S, EXPECTED, RUN, FakeServer
+from services.wire.sockets import Requester
+from tests.unit.learner.fake_server import DEADLINE_S, EXPECTED, LIMIT, RUN, FakeServer
 from tests.unit.learner.waiting import until
 
 LEARNER = Client(client_id="learner-0", incarnation=5)
@@ -245,6 +247,22 @@ def test_a_server_that_is_not_there_is_trouble_and_is_waited_for(unstarted: Scen
     assert unstarted.server.next(Publish).version == 1
     unstarted.hold(NO_VERSION)  # an answer is an answer
     until(lambda: unstarted.publisher.trouble is None)
+
+
+@pytest.mark.usefixtures("_very_impatient")
+def test_a_handshake_that_takes_longer_than_an_answer_is_not_begun_anew(unstarted: Scene) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:  # accepts, and has no time to say anything yet
+        endpoint = f"tcp://127.0.0.1:{busy.getsockname()[1]}"
+        unstarted.publisher._connect = lambda: Requester(endpoint, LIMIT)
+        unstarted.thread.start()
+        unstarted.offer(1)
+        busy.settimeout(DEADLINE_S)
+        with busy.accept()[0]:
+            until(lambda: unstarted.publisher.trouble == "parameter server not reachable")
+            busy.settimeout(2 * ANSWER_S)
+            with pytest.raises(TimeoutError):
+                busy.accept()
+        unstarted.stop()
 
 
 def test_a_refusal_is_trouble_in_the_servers_own_words_until_it_relents(scene: Scene) -> None:

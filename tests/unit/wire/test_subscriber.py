@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from services.wire import subscriber as subscriber_module
-from services.wire.codec import encode
+from services.wire.codec import MAX_COUNT, encode
 from services.wire.messages import (
     NO_SEAT,
     NO_VERSION,
@@ -25,8 +26,9 @@ from services.wire.messages import (
     RunState,
     Weights,
 )
+from services.wire.sockets import Requester
 from services.wire.subscriber import Subscriber
-from tests.unit.learner.fake_server import DEADLINE_S, EXPECTED, RUN, FakeServer
+from tests.unit.learner.fake_server import DEADLINE_S, EXPECTED, LIMIT, RUN, FakeServer
 from tests.unit.learner.waiting import until
 
 ACTOR = Client(client_id="actor-3", incarnation=11)
@@ -45,12 +47,17 @@ class Scene:
     """A client in its thread, and the server that it talks to."""
 
     def __init__(
-        self, directory: Path, hold_s: float = 30.0, interval_s: float = 0.0, wants_seat: bool = True
+        self,
+        directory: Path,
+        hold_s: float = 30.0,
+        interval_s: float = 0.0,
+        wants_seat: bool = True,
+        connect: Callable[[], Requester] | None = None,
     ) -> None:
         self.server = FakeServer(directory)
         self.stopping = threading.Event()
         self.client = Subscriber(
-            connect=self.server.connect,
+            connect=connect or self.server.connect,
             client=ACTOR,
             expected=EXPECTED,
             decode=decode,
@@ -68,6 +75,7 @@ class Scene:
         seats: tuple[int, ...] = (4,),
         with_payload: bool = True,
         state: RunState = "training",
+        request: int = 0,
     ) -> None:
         """The weights are ten times their version's number."""
         self.server.answer(
@@ -79,6 +87,7 @@ class Scene:
                 steps=max(0, version) * 640,
                 seats=seats,
                 payload=b"weights %d" % (10 * version) if with_payload else None,
+                request=request,
             )
         )
 
@@ -210,17 +219,50 @@ def test_the_state_of_the_run_is_passed_on(scene: Scene) -> None:
     until(lambda: scene.client.state == "complete")
 
 
-def test_requests_are_at_least_an_interval_apart(make: Make) -> None:
+@pytest.fixture
+def leisurely(make: Make) -> Scene:
+    """Asks no more often than three times a second."""
     scene = make(interval_s=0.3)
     scene.server.start()
     scene.thread.start()
+    return scene
+
+
+def test_requests_are_at_least_an_interval_apart(leisurely: Scene) -> None:
     arrivals_s = []
-    for version in (1, 2, 3):
-        scene.server.next(Pull)
+    for version in (1, 1, 1):
+        leisurely.server.next(Pull)
         arrivals_s.append(time.monotonic())
-        scene.answer(version)
+        leisurely.answer(version, with_payload=False)
     # From the first arrival to the last: what one request was late, the next one is not early.
     assert arrivals_s[2] - arrivals_s[0] > 0.3
+
+
+def test_who_pauses_after_weights_says_first_that_they_have_arrived(leisurely: Scene) -> None:
+    leisurely.server.next(Pull)
+    asked_s = time.monotonic()
+    leisurely.answer(5)
+    thanks = leisurely.server.next(Pull)
+    assert (thanks.have_version, thanks.request) == (MAX_COUNT - 1, 1)  # so no weights are the answer
+    assert thanks.seats_for[0].seat == 4
+    request = leisurely.server.next(Pull)
+    assert (request.have_version, request.request) == (5, 0)
+    assert time.monotonic() - asked_s > 0.2
+    leisurely.answer(5, with_payload=False)
+    assert leisurely.server.next(Pull) == request  # without weights there is nothing to be thanked for
+
+
+def test_the_answer_to_thanks_is_news_but_not_taken_for_the_answer_to_the_request(leisurely: Scene) -> None:
+    leisurely.server.next(Pull)
+    leisurely.answer(5)
+    leisurely.server.next(Pull)
+    leisurely.answer(5, seats=(9,), with_payload=False, request=1)
+    request = leisurely.server.next(Pull)
+    until(lambda: leisurely.client.seat == 9)
+    assert leisurely.server.next_or_none(0.6) is None  # it waits on
+    leisurely.answer(6)
+    until(lambda: leisurely.newest() == (6, 60))
+    assert request.have_version == 5
 
 
 # --- whoever wants no seat ----------------------------------------------------------------------------
@@ -237,7 +279,7 @@ def guest(make: Make) -> Scene:
 def test_who_wants_no_seat_asks_for_none_and_waits_for_none(guest: Scene) -> None:
     pull = guest.server.next(Pull)
     assert (pull.sender, pull.have_version, pull.seats_for) == (ACTOR, NO_VERSION, ())
-    assert guest.client.missing() == "no answer from the parameter server yet"
+    assert guest.client.missing() is not None
     guest.answer(5, seats=())
     snapshot = guest.client.wait(DEADLINE_S)
     assert snapshot is not None
@@ -328,11 +370,11 @@ def test_an_unanswered_request_is_asked_again_after_twice_the_servers_patience(m
     scene.thread.start()
     first = scene.server.next(Pull)
     asked_s, peer = time.monotonic(), scene.server.peer
+    until(lambda: scene.client.trouble == "parameter server does not answer")
     assert scene.server.next(Pull) == first
     # The client's clock started a little before the request arrived here.
     assert time.monotonic() - asked_s > 1.5 * HOLD_S
     assert scene.server.peer != peer  # the old connection may lead nowhere
-    assert scene.client.trouble == "parameter server does not answer"
 
 
 def test_within_the_servers_patience_nothing_is_asked_twice(scene: Scene) -> None:
@@ -349,6 +391,55 @@ def test_a_server_that_is_not_there_is_waited_for(make: Make) -> None:
     scene.server.next(Pull)
     scene.answer(1)
     assert scene.client.wait(DEADLINE_S) is not None
+
+
+def test_a_handshake_that_takes_longer_than_the_servers_patience_is_not_begun_anew(make: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:  # accepts, and has no time to say anything yet
+        endpoint = f"tcp://127.0.0.1:{busy.getsockname()[1]}"
+        scene = make(hold_s=0.05, connect=lambda: Requester(endpoint, LIMIT))
+        scene.thread.start()
+        busy.settimeout(DEADLINE_S)
+        with busy.accept()[0]:
+            until(lambda: scene.client.trouble == "parameter server not reachable")
+            busy.settimeout(1.0)  # ten times its patience
+            with pytest.raises(TimeoutError):
+                busy.accept()
+        scene.stop()
+
+
+def test_patience_counts_from_when_the_request_has_left(make: Make) -> None:
+    scene = make(hold_s=HOLD_S)
+    scene.thread.start()
+    started_s = time.monotonic()
+    until(lambda: time.monotonic() - started_s > 2 * HOLD_S)
+    scene.server.start()
+    scene.server.next(Pull)
+    peer = scene.server.peer
+    assert scene.server.next_or_none(1.5 * HOLD_S) is None
+    scene.answer(1)
+    until(lambda: scene.newest() == (1, 10))
+    scene.server.next(Pull)
+    assert scene.server.peer == peer
+
+
+def test_whom_one_silence_met_together_does_not_come_back_together(make: Make) -> None:
+    hold_s = 0.4
+    first = make(hold_s=hold_s)
+    first.server.start()
+    crowd = [first, *(make(hold_s=hold_s, connect=first.server.connect) for _ in range(7))]
+    for scene in crowd:
+        scene.thread.start()
+    first_peers: set[bytes] = set()
+    while len(first_peers) < len(crowd):
+        first.server.next(Pull)
+        first_peers.add(first.server.peer)
+    came_back_s = []
+    for _ in crowd:
+        first.server.next(Pull)
+        came_back_s.append(time.monotonic())
+    assert first.server.peer not in first_peers
+    # Eight of an even distribution over 0.4 s: closer together once in 10,000 times.
+    assert came_back_s[-1] - came_back_s[0] > 0.2 * hold_s
 
 
 def test_a_restarted_server_is_asked_with_the_seat_and_version_that_the_actor_has(make: Make) -> None:
