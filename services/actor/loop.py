@@ -268,6 +268,7 @@ class ActorLoop:
                     self._metrics.rollouts_dropped.labels("stopping").inc(half.env.num_envs - n)
                     return False
             self._count_blocked(blocked_s)
+            self._sequence += 1
             self._metrics.rollouts_sent.inc()
             self._metrics.sent_bytes.inc(codec.size_bytes(frames))
         return True
@@ -278,12 +279,11 @@ class ActorLoop:
         return now_s
 
     def _rollout(self, half: Half, n: int) -> Rollout:
-        sequence, self._sequence = self._sequence, self._sequence + 1
         return Rollout(
             run_id=self._run_id,
             actor_id=self._client.client_id,
             incarnation=self._client.incarnation,
-            sequence=sequence,
+            sequence=self._sequence,
             policy_version=half.policy_version,  # the policy may hold newer weights by now
             task=half.tasks[n],
             episodes=tuple(half.episodes[n]),

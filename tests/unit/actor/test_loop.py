@@ -300,6 +300,20 @@ def test_a_loop_with_an_end_ends_with_the_unroll_that_reaches_it(max_rollouts: i
     assert not stopping.is_set()
 
 
+def test_a_rollout_that_found_no_learner_was_not_sent() -> None:
+    stopping = threading.Event()
+    half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
+
+    class Full(Outbox):
+        def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+            stopping.set()
+            return False
+
+    loop = actor_loop([half], policy_of(), Full(1, stopping), stopping, max_rollouts=1)
+    loop.run()
+    assert not loop.has_sent_all
+
+
 def test_a_loop_with_an_end_ends_at_once_when_training_is_complete() -> None:
     stopping = threading.Event()
     half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
