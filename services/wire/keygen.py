@@ -15,7 +15,9 @@ from pathlib import Path
 from services.wire.security import ROLES, SEED_FILE, public_of, secret_of
 
 SEED_CHARACTERS = 64
+LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 MAX_NAME_LENGTH = 253
+MAX_NAMESPACE_LENGTH = 63
 
 
 def new_keys(*, seed: bool) -> dict[str, str]:
@@ -31,7 +33,11 @@ def new_keys(*, seed: bool) -> dict[str, str]:
 
 
 def write_keys(directory: Path, files: dict[str, str]) -> None:
-    """Into files that only their owner can read, but for public keys; ValueError if one is there already."""
+    """Into files that only their owner can read, but for public keys; ValueError if one is there already.
+
+    All of them or none.
+    """
+    written: list[Path] = []
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         there = sorted(file.name for file in directory.iterdir() if is_key_file(file.name))
@@ -42,9 +48,12 @@ def write_keys(directory: Path, files: dict[str, str]) -> None:
         for name, content in files.items():
             mode = 0o644 if name.endswith(".public") else 0o600
             descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            written.append(directory / name)
             with os.fdopen(descriptor, "w") as file:
                 file.write(content + "\n")
     except OSError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
         raise ValueError(
             f"DIR = {str(directory)!r}: cannot be written ({error.strerror}); allowed is a new directory"
         ) from None
@@ -60,11 +69,19 @@ def secret_manifest(name: str, namespace: str | None, files: dict[str, str]) -> 
 
     In JSON, which no reader takes for anything else: there are keys that YAML takes for numbers.
     """
-    for flag, value in (("--secret", name), ("--namespace", namespace)):
-        if value is not None and not _is_name(value):
-            raise ValueError(
-                f"{flag} = {value!r}: allowed are lower-case letters, digits and '-', and at both ends no '-'"
-            )
+    if re.fullmatch(rf"(?=.{{1,{MAX_NAME_LENGTH}}}$){LABEL}(\.{LABEL})*", name) is None:
+        raise ValueError(
+            f"--secret = {name!r}: allowed are up to {MAX_NAME_LENGTH} lower-case letters, digits, '-' and "
+            "'.', with a letter or a digit at both ends and beside each '.'"
+        )
+    if (
+        namespace is not None
+        and re.fullmatch(rf"(?=.{{1,{MAX_NAMESPACE_LENGTH}}}$){LABEL}", namespace) is None
+    ):
+        raise ValueError(
+            f"--namespace = {namespace!r}: allowed are up to {MAX_NAMESPACE_LENGTH} lower-case letters, "
+            "digits and '-', with a letter or a digit at both ends"
+        )
     metadata = {"name": name} if namespace is None else {"name": name, "namespace": namespace}
     manifest = {
         "apiVersion": "v1",
@@ -75,7 +92,3 @@ def secret_manifest(name: str, namespace: str | None, files: dict[str, str]) -> 
         "stringData": files,
     }
     return json.dumps(manifest, indent=2) + "\n"
-
-
-def _is_name(text: str) -> bool:
-    return len(text) <= MAX_NAME_LENGTH and re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", text) is not None

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from services import cli
-from services.wire.security import ROLES, load_keys
+from services.wire import keygen
+from services.wire.security import PEERS, ROLES, load_keys
 
 PAIRS = {f"{role}.{kind}" for role in ROLES for kind in ("secret", "public")}
 
@@ -68,13 +69,38 @@ def test_a_secret_holds_what_every_role_can_load(
     assert all(load_keys(tmp_path, role) for role in ROLES)
 
 
+@pytest.mark.parametrize(("name", "namespace"), [("a.b-c.1", "b" * 63), ("a" * 253, "1")])
+def test_the_longest_and_the_oddest_names_that_kubernetes_takes_are_taken(name: str, namespace: str) -> None:
+    manifest = json.loads(keygen.secret_manifest(name, namespace, {}))
+    assert manifest["metadata"] == {"name": name, "namespace": namespace}
+
+
+def test_a_directory_is_left_as_it_was_when_not_all_could_be_written(tmp_path: Path) -> None:
+    impossible = {"actor.secret": "a", "x" * 300: "b"}
+    with pytest.raises(ValueError, match=r"cannot be written \(File name too long\)"):
+        keygen.write_keys(tmp_path / "keys", impossible)
+    assert list((tmp_path / "keys").iterdir()) == []
+
+
+def test_the_help_says_which_files_each_role_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keygen", "--help"]) == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for role in ROLES:
+        needed = {f"{role}.secret", *(f"{peer}.public" for peer in PEERS[role] if peer != role)}
+        assert [set(words[1:]) for words in said if words[:1] == [role]] == [needed]
+
+
 def test_without_a_namespace_the_secret_goes_where_kubectl_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["keygen", "--secret", "my-keys"]) == 0
     assert json.loads(capsys.readouterr().out)["metadata"] == {"name": "my-keys"}
 
 
 ONE = "impala: allowed is either one directory or --secret NAME: impala keygen [--seed] DIR\n"
-NAMES = "allowed are lower-case letters, digits and '-', and at both ends no '-'\n"
+NAMES = (
+    "allowed are up to 253 lower-case letters, digits, '-' and '.', with a letter or a digit at both ends "
+    "and beside each '.'\n"
+)
+LABELS = "allowed are up to 63 lower-case letters, digits and '-', with a letter or a digit at both ends\n"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +114,11 @@ NAMES = "allowed are lower-case letters, digits and '-', and at both ends no '-'
         (["--secret", "My_Keys"], f"impala: --secret = 'My_Keys': {NAMES}"),
         (["--secret", "a\n"], f"impala: --secret = 'a\\n': {NAMES}"),
         (["--secret", "a", "--namespace", "-b"], None),
-        (["--secret", "a", "--namespace=-b"], f"impala: --namespace = '-b': {NAMES}"),
+        (["--secret", "a", "--namespace=-b"], f"impala: --namespace = '-b': {LABELS}"),
+        (["--secret", "a", "--namespace=a.b"], f"impala: --namespace = 'a.b': {LABELS}"),
+        (["--secret", "a", f"--namespace={'b' * 64}"], f"impala: --namespace = '{'b' * 64}': {LABELS}"),
+        (["--secret", "a..b"], f"impala: --secret = 'a..b': {NAMES}"),
+        (["--secret", "a" * 254], f"impala: --secret = '{'a' * 254}': {NAMES}"),
         (["--sede", "a"], "impala: --sede: unknown flag; allowed are --seed, --secret, --namespace\n"),
         (
             ["/dev/null/x"],
