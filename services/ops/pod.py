@@ -7,9 +7,11 @@ the field, the value and what is allowed; here it becomes one line on stderr and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +36,7 @@ def main(role: str, argv: Sequence[str] | None, run: Run) -> int:
     try:
         arguments, flags = _parse(role, argv)
         find_modules_here()
+        raise_file_limit()
         config = configuration.load(arguments.config, os.environ, flags)
         logging.setup(role, config.ops.log_level)
         lifecycle = Lifecycle()
@@ -79,6 +82,13 @@ def find_modules_here() -> None:
         return
     if here not in sys.path:
         sys.path.append(here)
+
+
+def raise_file_limit() -> None:
+    """Every peer is an open file, and many systems allow a process 1024 unless it asks for more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS calls its limit infinite, and refuses that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def name_own_flag(error: str, own: Sequence[str]) -> str:

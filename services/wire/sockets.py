@@ -86,6 +86,9 @@ class _Socket:
 
     def _bind(self, endpoint: str, key: str) -> None:
         """``key`` is where the user wrote the endpoint."""
+        # pyzmq's first message without a copy imports a module, starts a thread and opens files for it. That
+        # is to be over before peers can take all files that there are, because then it ends the process.
+        zmq.Frame(b"first", copy=False, copy_threshold=0)
         self._socket.setsockopt(zmq.BACKLOG, BACKLOG)
         try:
             self._socket.bind(endpoint)

@@ -15,7 +15,7 @@ import zmq
 
 from services.wire import sockets
 from services.wire.security import Events
-from services.wire.sockets import RolloutReceiver, RolloutSender
+from services.wire.sockets import Requester, RolloutReceiver, RolloutSender
 
 pytestmark = pytest.mark.integration
 
@@ -131,6 +131,42 @@ def test_an_address_in_use_is_named() -> None:
         pytest.raises(ValueError, match=rf"^wire.learner_bind = '{first.endpoint}': .*already in use"),
     ):
         RolloutReceiver(first.endpoint, queue=1, max_message_bytes=1024)
+
+
+RUNS_OUT_OF_FILES = """
+import os, resource, sys
+from services.wire.sockets import Replier
+replier = Replier("tcp://127.0.0.1:*", max_message_bytes=1 << 24)
+print(replier.endpoint, flush=True)
+peer, *_ = replier.receive(30.0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), 4096))
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    pass
+assert replier.send(peer, [b"header", bytes(1 << 20)])
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_server_without_a_file_left_goes_on_answering() -> None:
+    with ExitStack() as opened:
+        server = opened.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-c", RUNS_OUT_OF_FILES],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        opened.callback(server.kill)
+        assert server.stdout is not None
+        client = opened.enter_context(Requester(server.stdout.readline().strip(), max_message_bytes=1 << 24))
+        assert client.send([b"request"], timeout_s=30.0)
+        assert client.receive(10.0) == [b"header", bytes(1 << 20)]
 
 
 def is_connected(client: socket.socket, within_ms: int) -> bool:

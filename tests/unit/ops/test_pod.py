@@ -1,5 +1,6 @@
 """How a pod begins: its command line, what it refuses, and where it finds the user's modules."""
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,3 +41,23 @@ def test_modules_where_the_user_is_are_found_after_all_others(
     pod.find_modules_here()
     pod.find_modules_here()
     assert sys.path == ["/somewhere", str(tmp_path)]
+
+
+BEGINS = """
+import resource
+from services.ops import pod
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, min(most, 500)))
+
+def run(config, name, lifecycle):
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+    return 0
+
+raise SystemExit(pod.main("actor", [], run))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have limits beside this one")
+def test_a_pod_may_open_as_many_files_as_the_system_lets_it() -> None:
+    begun = subprocess.run([sys.executable, "-c", BEGINS], capture_output=True, text=True, check=False)
+    assert (begun.returncode, begun.stdout) == (0, "(500, 500)\n"), begun.stderr
