@@ -15,8 +15,9 @@ from pathlib import Path
 
 from benchmarks.options import heading, median_seconds, row
 from services.wire import keygen
+from services.wire.keys import Role, load_keys
 from services.wire.messages import Buffer
-from services.wire.security import Doorkeeper, Refused, Role, load_keys
+from services.wire.security import Doorkeeper, Refused
 from services.wire.sockets import Replier, Requester, RolloutReceiver, RolloutSender
 
 ENDPOINT = "tcp://127.0.0.1:*"

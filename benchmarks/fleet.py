@@ -37,8 +37,8 @@ from services.config import RunConfig
 from services.rl.actions import Discrete
 from services.rl.envs import env_spec
 from services.wire import codec
+from services.wire.keys import load_keys
 from services.wire.messages import Client, Publish, Published, Rollout
-from services.wire.security import load_keys
 from services.wire.sockets import Requester
 
 READY_S = 120.0

@@ -22,6 +22,7 @@ from pathlib import Path
 import zmq
 
 from services.wire import codec
+from services.wire.keys import Keys, load_keys
 from services.wire.messages import (
     NO_SEAT,
     NO_VERSION,
@@ -33,7 +34,6 @@ from services.wire.messages import (
     Rollout,
     Weights,
 )
-from services.wire.security import Keys, load_keys
 from services.wire.sockets import Requester, RolloutSender, finish, wait
 
 CLIENTS_PER_PROCESS = 128

@@ -43,8 +43,8 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     from services.rl.policy import Policy, decode_weights
     from services.rl.tasks import Deal, deal, tasks_of, tasks_spec
     from services.wire import codec
+    from services.wire.keys import load_keys
     from services.wire.messages import Client
-    from services.wire.security import load_keys
     from services.wire.sockets import Requester, RolloutSender, finish
     from services.wire.subscriber import Subscriber
 

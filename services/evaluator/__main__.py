@@ -41,8 +41,8 @@ def run(config: RunConfig, evaluator_id: str, lifecycle: Lifecycle) -> int:
     from services.evaluator.loop import EvaluatorLoop
     from services.rl.policy import decode_weights
     from services.wire import codec
+    from services.wire.keys import load_keys
     from services.wire.messages import Client
-    from services.wire.security import load_keys
     from services.wire.sockets import Requester
     from services.wire.subscriber import Subscriber
 

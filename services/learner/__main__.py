@@ -62,8 +62,9 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     from services.rl.networks import make_network
     from services.rl.tasks import tasks_of, tasks_spec
     from services.wire import codec
+    from services.wire.keys import load_keys
     from services.wire.messages import Client, RunState
-    from services.wire.security import Doorkeeper, load_keys
+    from services.wire.security import Doorkeeper
     from services.wire.sockets import Requester, RolloutReceiver
 
     log = logging.get_logger("main")

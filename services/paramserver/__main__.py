@@ -26,8 +26,9 @@ from services.paramserver.membership import Membership, RelayedSeats, Seats
 from services.paramserver.relay import Relay
 from services.paramserver.server import Server
 from services.paramserver.store import EMPTY, Snapshot, SnapshotError, SnapshotWriter, Store
+from services.wire.keys import Keys, load_keys
 from services.wire.messages import Client
-from services.wire.security import Doorkeeper, Keys, load_keys
+from services.wire.security import Doorkeeper
 from services.wire.sockets import Replier, Requester
 
 STOP_S = 2.0

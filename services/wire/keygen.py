@@ -1,4 +1,4 @@
-"""New keys, as files or as a Secret for Kubernetes: what ``security.load_keys`` reads later.
+"""New keys, as files or as a Secret for Kubernetes: what ``keys.load_keys`` reads later.
 
 Nothing is ever replaced: whoever renews keys makes a new directory or a new Secret, and restarts the run's
 pods with it.
@@ -12,7 +12,7 @@ import re
 import secrets
 from pathlib import Path
 
-from services.wire.security import ROLES, SEED_FILE, public_of, secret_of
+from services.wire.keys import ROLES, SEED_FILE, public_of, secret_of
 
 SEED_CHARACTERS = 64
 LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"

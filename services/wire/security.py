@@ -1,64 +1,36 @@
-"""Who may connect: the keys of the roles, and the doorkeeper of a socket that listens.
+"""Who may connect: the doorkeeper of a socket that listens, and what a client learns of its handshakes.
 
-CURVE encrypts a connection and proves to each side which key the other one holds. Keys belong to roles, not
-to pods: an actor that comes back under another address needs none of its own. They are read from the
-directory ``wire.keys`` before a pod opens its sockets; without it nothing here encrypts or refuses, but
-connections that are no ZeroMQ are counted all the same.
-
-    a seed         every key pair follows from it: whoever holds it may be any role
-    a pair a role  a pod holds its own secret and the public keys of its peers, and can be nothing else
+CURVE encrypts a connection and proves to each side which key the other one holds (``keys``). Without keys
+nothing here encrypts or refuses, but connections that are no ZeroMQ are counted all the same.
 
 The ``Doorkeeper`` answers libzmq's question whether a key is welcome (ZAP), and with the role that it
 belongs to, which every message from there then carries. pyzmq brings an authenticator too: it knows users by
 their key, never sees a handshake that ended before the question (as that of a peer without keys does), and
-nobody would notice the death of its thread. No secret is ever logged, nor part of an error.
+nobody would notice the death of its thread.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import math
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import zmq
-from zmq.utils import z85
 
 from services.ops.logging import get_logger
 from services.wire.arrivals import Arrivals
-
-Role = Literal["actor", "learner", "paramserver", "evaluator"]
-ROLES: tuple[Role, ...] = get_args(Role)
+from services.wire.keys import Keys
 
 Refused = Literal["unknown_key", "handshake"]
 """The server knows nobody by this key; or the handshake did not come to an end: no keys, keys for another
 server, no ZeroMQ, or nothing said for ``HANDSHAKE_S``."""
 
-PEERS: Mapping[Role, tuple[Role, ...]] = {
-    "actor": ("learner", "paramserver"),
-    "learner": ("actor", "paramserver"),
-    "paramserver": ("actor", "learner", "evaluator", "paramserver"),  # relays are parameter servers
-    "evaluator": ("paramserver",),
-}
-"""Whom each role meets."""
-
-ADMITTED: Mapping[Role, tuple[Role, ...]] = {
-    "learner": ("actor",),
-    "paramserver": PEERS["paramserver"],
-}
-"""Who may connect to those that listen."""
-
-SEED_FILE = "seed"
-SEED_BYTES = (32, 64)
-KEY_CHARACTERS = 40
 HANDSHAKE_S = 10
 """After which libzmq closes a connection whose handshake has not ended."""
 ZAP = "inproc://zeromq.zap.01"
@@ -72,111 +44,6 @@ LOOK_S = 0.25
 
 _log = get_logger("wire").limited(LOG_INTERVAL_S)
 _names = itertools.count()
-
-
-# --- keys --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Keys:
-    """What one pod holds. All keys are in Z85, 40 characters."""
-
-    role: Role
-    secret: bytes = field(repr=False)
-    public: Mapping[Role, bytes]
-    """Of its own role and of those it meets."""
-
-    def admitted(self) -> dict[bytes, Role]:
-        """Who may connect to us, by public key in 32 bytes as ZAP has it."""
-        return {z85.decode(self.public[role]): role for role in ADMITTED.get(self.role, ())}
-
-
-def secret_of(seed: bytes, role: Role) -> bytes:
-    """The secret key of ``role`` that follows from ``seed``; nothing follows from it about another one."""
-    digest = hashlib.blake2b(role.encode(), digest_size=32, key=seed, person=b"impala-curve")
-    return z85.encode(digest.digest())
-
-
-def public_of(secret: bytes) -> bytes:
-    """The public key that belongs to ``secret``."""
-    return zmq.curve_public(secret)
-
-
-def load_keys(directory: Path | None, role: Role) -> Keys | None:
-    """What ``role`` needs from ``wire.keys``; ValueError if it is not there or does not fit together."""
-    if directory is None:
-        return None
-    there = _files_of(directory)
-    secret_file, own_file = f"{role}.secret", f"{role}.public"
-    if {SEED_FILE, secret_file} <= there:
-        raise _refusal(directory, f"holds both {SEED_FILE} and {secret_file}", "one of them")
-    if SEED_FILE in there:
-        seed = _read_seed(directory)
-        secret = secret_of(seed, role)
-        public = {peer: public_of(secret_of(seed, peer)) for peer in PEERS[role]}
-    elif secret_file in there:
-        secret = _read_key(directory, secret_file)
-        others = [peer for peer in PEERS[role] if peer != role]
-        public = {peer: _read_key(directory, f"{peer}.public") for peer in others}
-    else:
-        raise _refusal(directory, f"holds neither {SEED_FILE} nor {secret_file}", "one of them")
-    public[role] = public_of(secret)
-    if SEED_FILE not in there and own_file in there and _read_key(directory, own_file) != public[role]:
-        raise _refusal(directory, f"{own_file} does not belong to {secret_file}", "the two files of one pair")
-    for one, other in itertools.combinations(public, 2):
-        if public[one] == public[other]:
-            raise _refusal(
-                directory, f"{one} and {other} have the same key", "a key of its own for each role"
-            )
-    return Keys(role=role, secret=secret, public=public)
-
-
-def _files_of(directory: Path) -> set[str]:
-    try:
-        return {file.name for file in directory.iterdir()}
-    except OSError as error:
-        raise _refusal(
-            directory,
-            f"cannot be read ({error.strerror})",
-            "a readable directory that `impala keygen` has filled",
-        ) from None
-
-
-def _read_seed(directory: Path) -> bytes:
-    seed = _read(directory, SEED_FILE)
-    least, most = SEED_BYTES
-    for end in (b"\r\n", b"\n"):  # of a line of text; random bytes may end like one
-        if seed.endswith(end) and len(seed) - len(end) >= least:
-            seed = seed.removesuffix(end)
-            break
-    if not least <= len(seed) <= most:
-        raise _refusal(
-            directory,
-            f"{SEED_FILE} has {len(seed)} bytes",
-            f"{least} to {most}, random (`impala keygen --seed`)",
-        )
-    return seed
-
-
-def _read_key(directory: Path, name: str) -> bytes:
-    key = _read(directory, name).rstrip(b"\r\n")
-    try:
-        if len(key) == KEY_CHARACTERS and len(z85.decode(key)) == 32:
-            return key
-    except (KeyError, struct.error):
-        pass
-    raise _refusal(directory, f"{name} is no key", f"{KEY_CHARACTERS} characters of Z85 (`impala keygen`)")
-
-
-def _read(directory: Path, name: str) -> bytes:
-    try:
-        return (directory / name).read_bytes()
-    except OSError as error:
-        raise _refusal(directory, f"{name} cannot be read ({error.strerror})", "a readable file") from None
-
-
-def _refusal(directory: Path, what: str, allowed: str) -> ValueError:
-    return ValueError(f"wire.keys = {str(directory)!r}: {what}; allowed is {allowed}")
 
 
 # --- who listens -------------------------------------------------------------------------------------

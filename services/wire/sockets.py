@@ -30,8 +30,9 @@ from typing import Self
 
 import zmq
 
+from services.wire.keys import Keys, Role
 from services.wire.messages import Buffer
-from services.wire.security import HANDSHAKE_S, Doorkeeper, Handshakes, Keys, Role
+from services.wire.security import HANDSHAKE_S, Doorkeeper, Handshakes
 
 KEEPALIVE_IDLE_S = 10
 KEEPALIVE_INTERVAL_S = 5

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from services.wire import keygen, security
-from services.wire.security import Role
+from services.wire import keygen
+from services.wire.keys import PEERS, Role, load_keys
 from tests.chart.fake_api import render_beside
 from tests.chart.rendering import CASES, Object, find, pod_of, pods, refusal, render
 
@@ -127,10 +127,10 @@ def test_what_a_role_mounts_is_all_that_it_needs(case: str, role: Role, tmp_path
     for file in files(objects, role):
         (tmp_path / file).write_text(made[file])
 
-    keys = security.load_keys(tmp_path, role)
+    keys = load_keys(tmp_path, role)
 
     assert keys is not None
-    assert keys.public.keys() == {role, *security.PEERS[role]}
+    assert keys.public.keys() == {role, *PEERS[role]}
 
 
 def test_the_actor_of_helm_test_has_the_keys_of_an_actor() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from services.wire.security import Role, public_of, secret_of
+from services.wire.keys import Role, public_of, secret_of
 from tests.cluster import strangers
 from tests.cluster.release import Progress, Release
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zmq
 
 from services.local.plan import reserved_ports
 from services.wire import keygen
 from services.wire.codec import Expected, decode, encode
+from services.wire.keys import PEERS, ROLES, Keys, Role, load_keys
 from services.wire.messages import Client, Publish, Published, Refusal
-from services.wire.security import HANDSHAKE_S, PEERS, ROLES, Keys, Role, load_keys
+from services.wire.security import HANDSHAKE_S
 from services.wire.sockets import Requester, RolloutSender
 from tests.integration.conftest import StartPod
 from tests.integration.system import START_S, Pod, get, scrape
@@ -101,14 +102,17 @@ def test_every_pod_of_a_system_with_keys_works_and_comes_back(
     start_pod: StartPod, two_ports: list[int], keys_for: KeysFor
 ) -> None:
     def start(role: Role) -> Pod:
-        return start_pod(role, *over_tcp(two_ports), *FOREVER, "--wire.keys", str(keys_for(role)))
+        flags = [*over_tcp(two_ports), *FOREVER, "--wire.keys", str(keys_for(role))]
+        return start_pod(role, *flags, "--ops.log_level", "debug")
 
     pods: dict[Role, Pod] = {role: start(role) for role in ROLES}
+    everyone = [*pods.values()]
     until(lambda: all(pod.ready() for pod in pods.values()), "all are ready", START_S)
     trains(pods["learner"], pods["paramserver"])
     for role in ("actor", "paramserver", "learner"):
         pods[role].end()
         pods[role] = start(role)
+        everyone.append(pods[role])
         until(pods[role].ready, f"the new {role} is ready", START_S)
         trains(pods["learner"], pods["paramserver"])
     until(pods["evaluator"].ready, "the evaluator is ready", START_S)
@@ -119,7 +123,17 @@ def test_every_pod_of_a_system_with_keys_works_and_comes_back(
     for pod in pods.values():
         assert pod.exit_code(START_S) == 0, pod.log()
         assert not pod.lines("failed"), pod.log()
-        assert not re.search("[0-9a-f]{64}", pod.log()), "the seed"
+    secrets = {
+        file.name: file.read_text().strip()
+        for role in ROLES
+        for file in keys_for(role).iterdir()
+        if file.name == "seed" or file.suffix == ".secret"
+    }
+    assert set(secrets) in ({"seed"}, {f"{role}.secret" for role in ROLES})
+    for pod in everyone:
+        told = pod.log()
+        assert told
+        assert not [name for name, secret in secrets.items() if secret in told]
 
 
 def test_a_relay_and_an_actor_behind_it_have_keys_too(
@@ -158,15 +172,15 @@ def unharmed(learner: Pod, paramserver: Pod, expected: dict[str, int]) -> Iterat
 
 
 def knock(ports: list[int], keys: Callable[[Role], Keys | None]) -> None:
-    """As an actor at both doors, once, in vain."""
+    """As an actor at both doors, once, in vain: who does not send never connects anew."""
     learner, paramserver = (f"tcp://127.0.0.1:{port}" for port in ports)
     with (
         RolloutSender([learner], 2, LIMIT, keys("learner")) as sender,
         Requester(paramserver, LIMIT, keys("paramserver")) as requester,
     ):
         for client in (sender, requester):
-            until(lambda: client.trouble, "it is refused")  # noqa: B023
-            assert not client.send([b"x"], 0.0)
+            until(lambda: client.trouble, "it is refused", START_S)  # noqa: B023
+            assert not client._socket.poll(0, zmq.POLLOUT)
 
 
 def test_strangers_are_refused_by_reason_and_harm_nobody(

@@ -10,7 +10,7 @@ import pytest
 
 from services import cli
 from services.wire import keygen
-from services.wire.security import PEERS, ROLES, load_keys
+from services.wire.keys import PEERS, ROLES, load_keys
 
 PAIRS = {f"{role}.{kind}" for role in ROLES for kind in ("secret", "public")}
 

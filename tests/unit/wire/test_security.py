@@ -10,27 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import zmq
 
 from services.config import RunConfig
+from services.ops.metrics import AUTH_FAILURES
 from services.wire import keygen
 from services.wire.arrivals import Arrivals
-from services.wire.security import (
-    ADMITTED,
-    PEERS,
-    ROLES,
-    ZAP,
-    Doorkeeper,
-    Handshakes,
-    Keys,
-    Refused,
-    Role,
-    load_keys,
-    public_of,
-    secret_of,
-)
+from services.wire.keys import ADMITTED, PEERS, ROLES, Keys, Role, load_keys, public_of, secret_of
+from services.wire.security import ZAP, Doorkeeper, Handshakes, Refused
 from services.wire.sockets import Replier, Requester, RolloutReceiver, RolloutSender
 from tests.unit.learner.waiting import until
 from tests.unit.wire import reference
@@ -220,6 +210,16 @@ def test_a_key_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
     (directory(tmp_path, ACTOR) / name).unlink()
     with pytest.raises(ValueError, match=rf"{name} cannot be read \(No such file or directory\); allowed is"):
         load_keys(tmp_path, "actor")
+
+
+def test_keys_without_a_libzmq_that_encrypts_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory(tmp_path, {"seed": SEED})
+    monkeypatch.setattr(zmq, "has", lambda capability: capability != "curve")
+    with pytest.raises(ValueError, match=rf"^wire\.keys = '{tmp_path}': this libzmq cannot encrypt; "):
+        load_keys(tmp_path, "actor")
+    assert load_keys(None, "actor") is None
 
 
 def test_a_directory_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -449,6 +449,10 @@ def test_every_message_tells_the_role_of_its_sender(role: Role, serve: Serve, ke
         assert server.role_of_next() == role
         assert client.trouble is None
     assert not server.refused
+
+
+def test_each_reason_of_a_refusal_is_counted_from_the_start() -> None:
+    assert set(AUTH_FAILURES) == set(get_args(Refused))
 
 
 def test_without_keys_there_are_no_roles(serve: Serve) -> None:
@@ -682,6 +686,7 @@ def test_a_server_whose_doorkeeper_is_gone_lets_nobody_in(keys: MakeKeys) -> Non
         server.door._questions.unbind(ZAP)
         with Requester(server.endpoint, LIMIT, keys("actor")) as late:
             assert not late.send([b"x"], 0.5)
+            until(lambda: "closed the connection" in (late.trouble or ""), "it is refused")  # not just slow
         assert friend.send([b"x"], 10.0)  # who is in stays in
         assert server.role_of_next() == "actor"
     server.replier.close()
