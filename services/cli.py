@@ -13,6 +13,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -128,6 +129,8 @@ OWN_FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    if os.getpid() == 1:  # of a container: the kernel keeps signals from it that it has no handler for
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an ASCII terminal is no reason to fail
     try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from services.learner.checkpoint import read
+from tests.conftest import RequireTool
 from tests.integration.conftest import StartPod, StartRun
 from tests.integration.system import START_S, STEPS_PER_UPDATE, Pod, get
 from tests.unit.learner.waiting import until
@@ -129,3 +132,20 @@ def test_a_pod_that_is_stopped_while_it_still_starts_ends_cleanly(start_pod: Sta
     pod.terminate()  # torch is being imported, nothing is built yet
     assert pod.exit_code(START_S) == 0, pod.log()
     assert not [line for line in pod.log().splitlines() if " error " in line], pod.log()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root, for a process 1 of its own")
+def test_a_containers_first_process_obeys_before_it_knows_its_configuration(
+    tmp_path: Path, require_tool: RequireTool
+) -> None:
+    fifo = tmp_path / "config.json"
+    os.mkfifo(fifo)
+    words = [str(require_tool("unshare")), "--pid", "--fork", "--kill-child", sys.executable]
+    container = subprocess.Popen([*words, "-m", "services.cli", "actor", "--config", str(fifo)])
+    try:
+        with fifo.open("wb"):  # once it reads there, and waits for more
+            (first,) = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
+            os.kill(int(first), signal.SIGTERM)
+            assert container.wait(10) == 0
+    finally:
+        container.kill()
