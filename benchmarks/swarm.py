@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import random
 import resource
 import signal
 import time
@@ -35,6 +36,7 @@ from services.wire.messages import (
     Weights,
 )
 from services.wire.sockets import Requester, RolloutSender, finish, wait
+from services.wire.subscriber import BACK_OFF_S
 
 CLIENTS_PER_PROCESS = 128
 SOCKETS_PER_CLIENT = 16
@@ -120,13 +122,14 @@ class Impostor:
         self._asking = True
         """The request is not on its way yet."""
         self._pause_until_s = -math.inf
+        self._silences = 0
         self._waiting: list[Buffer] | None = None
         self._send_at_s = -math.inf
         self._sender: RolloutSender | None = None
         self.requester = self._connect()
 
     def _connect(self) -> Requester:
-        self._asked_s, self._asking = time.monotonic(), True
+        self._asking = True
         return Requester(self._target.paramserver, self._target.max_message_bytes, self._keys)
 
     def turn_weights(self, now_s: float) -> None:
@@ -135,22 +138,26 @@ class Impostor:
             return
         if self._asking:
             if self.requester.send(codec.encode(self._request()), 0.0):
-                self._asking = False
+                self._asking, self._asked_s = False, now_s
         else:
             frames = self.requester.receive(0.0)
             if frames is not None:
                 self._take(frames, now_s)
-                self._asking = True
+                self._asking, self._silences = True, 0
                 self._pause_until_s = max(
                     self._pause_until_s, self._asked_s + self._target.weights_interval_s
                 )
-                self._asked_s = max(now_s, self._pause_until_s)
                 return
+        if self._asking:
+            return  # the socket itself goes on trying
         if now_s > self._asked_s + 2 * self._target.hold_s:
             self.record.troubles.add(self.requester.trouble or "parameter server does not answer")
             self.record.reconnects += 1
             self.requester.close()
             self.requester = self._connect()
+            longest_s = min(self._target.hold_s * 2**self._silences, BACK_OFF_S)
+            self._pause_until_s = now_s + random.uniform(0.0, longest_s)
+            self._silences += 1
 
     def turn_rollouts(self, now_s: float) -> None:
         """Send the next rollout, if it is due and the learner has room."""

@@ -45,7 +45,7 @@ class Release:
 
     def upgrade(self, *settings: str) -> None:
         """With these changes to the values of the last time."""
-        self._apply("upgrade", settings, None, "--reuse-values")
+        self._apply("upgrade", settings, None, "--reset-then-reuse-values")
 
     def _apply(self, command: str, settings: Sequence[str], values: str | None, *flags: str) -> None:
         sets = [word for setting in settings for word in ("--set", setting)]
