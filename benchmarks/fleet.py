@@ -34,6 +34,7 @@ from benchmarks.options import heading
 from benchmarks.swarm import Record, Swarm, Target
 from services import config as configuration
 from services.config import RunConfig
+from services.local.signals import unwound_by_signals
 from services.rl.actions import Discrete
 from services.rl.envs import env_spec
 from services.wire import codec
@@ -66,12 +67,11 @@ class Load:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 measured, 1 somebody was not served, 130 interrupted."""
+    """Exit codes: 0 measured, 1 somebody was not served, 130 Ctrl-C, 143 SIGTERM."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sizes = [float(size) for size in arguments.weights_mb.split(",")] if arguments.weights_mb else [None]
     results: dict[str, dict[str, Figures]] = {}
-    with tempfile.TemporaryDirectory(prefix="impala-fleet-keys-") as directory:
+    with unwound_by_signals(), tempfile.TemporaryDirectory(prefix="impala-fleet-keys-") as directory:
         doors = _doors(arguments, Path(directory))
         try:
             for size in sizes:
