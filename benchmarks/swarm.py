@@ -12,7 +12,6 @@ import contextlib
 import math
 import multiprocessing
 import random
-import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import zmq
 
+from services.ops.pod import raise_file_limit
 from services.wire import codec
 from services.wire.keys import Keys, load_keys
 from services.wire.messages import (
@@ -236,8 +236,7 @@ def live(names: Sequence[str], target: Target, rollouts: Sequence[Rollout], link
     """The body of a process: ready, wait for the word, connect all at once, serve until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
     zmq.Context.instance().set(zmq.MAX_SOCKETS, SOCKETS_PER_CLIENT * CLIENTS_PER_PROCESS)
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    raise_file_limit()
     keys = load_keys(target.keys, "actor")
     link.send(None)
     try:

@@ -27,9 +27,8 @@ class HeldRequests:
 
     def __init__(self) -> None:
         self._requests: OrderedDict[bytes, Held] = OrderedDict()  # the next to run out comes first
-        self._peers: dict[
-            int, dict[bytes, None]
-        ] = {}  # by the version that they have; who asked first is first
+        # By the version that they have; who asked first is first.
+        self._peers: dict[int, dict[bytes, None]] = {}
 
     def add(self, held: Held) -> None:
         """In place of the one that this peer has open."""
