@@ -83,10 +83,7 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     try:  # JSON mode: strict about types, yet lists become tuples and strings become paths
         return RunConfig.model_validate_json(json.dumps(values, default=_plain))
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        # A list whose only element is wrong is also too short: that says nothing more.
-        inside = {detail["loc"][:-1] for detail in details}
-        lines = [_explain(detail) for detail in details if detail["loc"] not in inside or not detail["loc"]]
+        lines = [_explain(detail) for detail in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 

@@ -34,9 +34,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 FRESH_ENOUGH_ROLLOUTS = 640
 """A rollout is not stale while no more than so many were trained on since it was begun: 20 batches of 32.
 Small batches are fast, and hundreds of versions pass while newer weights are on their way to the actors."""
-KERNEL_ROLLOUTS = 64
-"""What the kernel holds of a connection beside the queues at both ends: 40 to 100 small rollouts in the
-208 kB of a Unix socket."""
+KERNEL_ROLLOUTS = 100
+"""What the kernel and libzmq hold of a connection beside the queues at both ends. Measured over TCP and over
+Unix sockets: 6 rollouts of 20 kB, 46 to 67 of 2 kB, at most 95 of 1.6 kB. Of the smallest with 20 steps
+(CartPole, 0.8 kB) there are up to 153, which is within the factor that `max_policy_lag` has."""
 
 
 class Section(BaseModel):
@@ -225,6 +226,8 @@ class LearnerConfig(Section):
     """Rollouts more than this many versions behind the learner are dropped and counted. null is 20 (more with
     batches of fewer than 32 fresh rollouts), or twice what as many actors as hold seats may have under way,
     or with replay what the memory holds, which is trained on at that age anyway: whichever is most."""
+    min_learners: PositiveInt = 1
+    """Training pauses while fewer learners than these are there."""
     max_nonfinite_updates: PositiveInt = 10
     """Consecutive updates with a non-finite gradient, each skipped, after which the learner gives up."""
     log_interval_s: Annotated[float, Field(gt=0, le=600)] = 5.0
@@ -250,6 +253,9 @@ class ParamserverConfig(Section):
     this time without an answer, so it also bounds how fast clients notice a restarted server."""
     seat_lease_s: PositiveFloat = 30.0
     """An actor that is silent for this long loses its seat."""
+    learner_lease_s: Annotated[float, Field(ge=1, le=600)] = 5.0
+    """A learner that is silent for this long is no longer a member of the group: one that is frozen or cut
+    off holds up the others for as long."""
     snapshot_interval_s: PositiveFloat = 10.0
     """Time between two snapshots on disk."""
 
@@ -272,10 +278,11 @@ class EvaluatorConfig(Section):
 class WireConfig(Section):
     """Addresses and bounds of what crosses a process boundary."""
 
-    learner_endpoints: Annotated[tuple[Endpoint, ...], Field(min_length=1)] = ("tcp://127.0.0.1:5555",)
-    """Where actors push rollouts: every learner."""
     learner_bind: Endpoint = "tcp://*:5555"
     """Where a learner listens for rollouts."""
+    learner_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:%-]{1,253}$")] | None = None
+    """Address or name of the machine that a learner is on, told to the actors and to the other learners, who
+    connect to it. null is the address from which it reaches the parameter server."""
     paramserver_endpoint: Endpoint = "tcp://127.0.0.1:5556"
     """Where actors and learners find the parameter server, or actors a relay."""
     paramserver_bind: Endpoint = "tcp://*:5556"
@@ -292,6 +299,11 @@ class WireConfig(Section):
     """Directory of the keys by which peers know each other, made by `impala keygen`: `seed`, or the own
     `<role>.secret` and the peers' `<role>.public`. With them all that crosses these addresses is encrypted,
     and whoever has no key is refused."""
+
+    @property
+    def rollouts_per_connection(self) -> int:
+        """That an actor can have sent to a learner which reads none of them."""
+        return self.send_queue + self.receive_queue + KERNEL_ROLLOUTS
 
 
 class OpsConfig(Section):
@@ -327,6 +339,8 @@ class RunConfig(Section):
     actors: PositiveInt = 1
     """Actor processes of `impala train`. In a cluster they come and go, and what depends on their number
     counts those that hold seats."""
+    learners: PositiveInt = 1
+    """Learner processes of `impala train`, which train as one. In a cluster they come and go."""
     env: EnvConfig = EnvConfig()
     tasks: tuple[
         Annotated[TaskConfig, BeforeValidator(_task, json_schema_input_type=str | TaskConfig)], ...
@@ -377,26 +391,20 @@ class RunConfig(Section):
     @property
     def batches_in_flight(self) -> int:
         """How many updates one unroll of the whole fleet is worth: policy lag that no setting can avoid."""
-        return math.ceil(self.actors * self.actor.num_envs / self._fresh_per_version)
+        return math.ceil(self.actors * self.actor.num_envs / (self.learners * self.fresh_per_update))
 
-    def max_policy_lag(self, actors: int) -> int:
-        """Versions behind the learner at which a rollout is dropped, while there are ``actors``."""
+    def max_policy_lag(self, actors: int, learners: int) -> int:
+        """Versions behind the learners at which a rollout is dropped, while there are so many of both."""
         if self.learner.max_policy_lag is not None:
             return self.learner.max_policy_lag
-        meanwhile = max(FRESH_ENOUGH_ROLLOUTS, 2 * self._most_rollouts_under_way(actors))
+        meanwhile = max(FRESH_ENOUGH_ROLLOUTS, 2 * self._most_rollouts_under_way(actors, learners))
         replayed = self.replay.capacity // self.steps_per_update if self.replay.ratio else 0
-        return max(20, math.ceil(meanwhile / self._fresh_per_version), replayed)
+        return max(20, math.ceil(meanwhile / (learners * self.fresh_per_update)), replayed)
 
-    @property
-    def _fresh_per_version(self) -> int:
-        """Rollouts that all learners together take from the actors for one update."""
-        return self.fresh_per_update * len(self.wire.learner_endpoints)
-
-    def _most_rollouts_under_way(self, actors: int) -> int:
+    def _most_rollouts_under_way(self, actors: int, learners: int) -> int:
         """Acted and not trained on, while the learners hold back the fleet: everything is full."""
-        learners = len(self.wire.learner_endpoints)
-        of_a_connection = self.wire.send_queue + self.wire.receive_queue + KERNEL_ROLLOUTS
-        of_an_actor = 2 * self.actor.num_envs + learners * of_a_connection  # one is played, one waits
+        of_an_actor = 2 * self.actor.num_envs  # one is played, one waits
+        of_an_actor += learners * self.wire.rollouts_per_connection
         of_a_learner = self.queue_capacity + 2 * self.fresh_per_update  # two batches are laid out
         return actors * of_an_actor + learners * of_a_learner
 
@@ -416,7 +424,7 @@ class RunConfig(Section):
                 f"unroll_length x batch_size / (1 + replay.ratio) = {self.steps_per_update}"
             )
         in_flight = self.batches_in_flight
-        max_policy_lag = self.max_policy_lag(self.actors)
+        max_policy_lag = self.max_policy_lag(self.actors, self.learners)
         if max_policy_lag < in_flight:
             raise ValueError(
                 f"learner.max_policy_lag = {max_policy_lag}: actors x actor.num_envs = "

@@ -1,7 +1,8 @@
-"""A run in figures: what a person wants to know of it, worked out from scrapes of its learner.
+"""A run in figures: what a person wants to know of it, worked out from scrapes of one learner.
 
-``take_snapshot`` is pure: two scrapes in, one ``Snapshot`` out; ``History`` keeps the scrapes it needs. The
-live display and the log lines of ``impala train`` come after it.
+``take_snapshot`` is pure: two scrapes in, one ``Snapshot`` out; ``History`` keeps the scrapes it needs.
+``learners`` puts several learners together; the live display and the log lines of ``impala train`` come
+after that.
 """
 
 from __future__ import annotations
@@ -93,6 +94,12 @@ class Snapshot:
     learning_rate: float | None = None
     replay: Replay | None = None
     policy_version: int | None = None
+    world_size: int | None = None
+    """Learners in the group."""
+    generation: int | None = None
+    """Of that group."""
+    leader: str | None = None
+    """The name of the learner whose word counts for the run."""
     checkpoint_age_s: float | None = None
     troubles: Mapping[str, int] = field(default_factory=dict)
     """What was lost since the pods started, by kind; only what happened."""
@@ -101,6 +108,11 @@ class Snapshot:
     def frames_per_s(self) -> float | None:
         """Environment frames, which are what papers count."""
         return None if self.steps_per_s is None else self.steps_per_s * self.run.frame_skip
+
+    @property
+    def num_learners(self) -> int:
+        """That should be in the group."""
+        return sum(pod.role == "learner" for pod in self.pods)
 
     @property
     def done_ratio(self) -> float:
@@ -156,6 +168,8 @@ def take_snapshot(
         learning_rate=_known(now.get("impala_learner_learning_rate")),
         replay=_replay(now),
         policy_version=None if version is None or version < 0 else version,
+        world_size=_whole(now.get("impala_learner_world_size")),
+        generation=_whole(now.get("impala_learner_generation")),
         checkpoint_age_s=max(0.0, unix_time_s - saved_at_s) if saved_at_s else None,
         troubles=_troubles(now),
     )
@@ -287,6 +301,7 @@ def plain_fields(snapshot: Snapshot) -> dict[str, object]:
         "replay_rejected_ratio": replay and replay.rejected_ratio,
         "replay_mb": replay and _rounded(replay.size_bytes / 1e6),
         "policy_version": snapshot.policy_version,
+        "world_size": snapshot.world_size if snapshot.num_learners > 1 else None,
         "checkpoint_age_s": _rounded(snapshot.checkpoint_age_s),
         **{kind.replace(" ", "_"): count for kind, count in snapshot.troubles.items()},
         "pods_up": f"{sum(pod.phase == 'up' for pod in snapshot.pods)}/{len(snapshot.pods)}",

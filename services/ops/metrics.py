@@ -27,6 +27,9 @@ INVALID_REASONS = ("malformed", "protocol", "run", "oversized", "schema", "corru
 AUTH_FAILURES = ("unknown_key", "handshake")
 """Why a connection is refused; the same words as ``wire.security.Refused``."""
 
+REGROUPS = ("joined", "left", "lost", "differed")
+"""Why a learner came into another group; differed: weights that should have been the same were not."""
+
 SUITE_LABELS: Mapping[str, tuple[str, str]] = {
     "mean": ("mean", "false"),
     "median": ("median", "false"),
@@ -38,6 +41,9 @@ SUITE_LABELS: Mapping[str, tuple[str, str]] = {
 
 class ActorMetrics:
     """What an actor counts."""
+
+    STAGES = ("weights", "start", "env", "inference", "pack", "send_blocked", "idle")
+    """Of its time; ``actor/stages.py`` tells what each of them is."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         _describe_process(registry, "actor")
@@ -52,7 +58,7 @@ class ActorMetrics:
             "impala_actor_rollouts_dropped", "Rollouts thrown away unsent", ["reason"], registry=registry
         )
         self.seconds = Counter(
-            "impala_actor_seconds", "Where the time of the actor's loop goes", ["stage"], registry=registry
+            "impala_actor_seconds", "Where all of the actor's time goes", ["stage"], registry=registry
         )
         self.weights_version = Gauge(
             "impala_actor_weights_version", "Policy version that acts; -1 before the first", registry=registry
@@ -63,8 +69,8 @@ class ActorMetrics:
         self.sent_bytes = Counter("impala_actor_sent_bytes", "Bytes of rollouts sent", registry=registry)
 
         self.weights_version.set(-1)
-        _start_at_zero(self.rollouts_dropped, "stopping")
-        _start_at_zero(self.seconds, "env", "inference", "send_blocked", "weights")
+        _start_at_zero(self.rollouts_dropped, "stopping", "complete")
+        _start_at_zero(self.seconds, *self.STAGES)
 
 
 class LearnerMetrics:
@@ -119,11 +125,32 @@ class LearnerMetrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
-        self.world_size = Gauge("impala_learner_world_size", "Learners in the group", registry=registry)
-        self.world_size_configured = Gauge(
-            "impala_learner_world_size_configured", "Learners that the configuration names", registry=registry
+        self.world_size = Gauge(
+            "impala_learner_world_size", "Learners in the group; 0 between two", registry=registry
         )
         self.generation = Gauge("impala_learner_generation", "Of the learners' group", registry=registry)
+        self.leads = Gauge(
+            "impala_learner_leads", "1 for the learner that publishes, reports and saves", registry=registry
+        )
+        self.holds_state = Gauge(
+            "impala_learner_holds_state",
+            "1 for the learner whose state the members of its group took over; 0 between two groups",
+            registry=registry,
+        )
+        self.regroups = Counter(
+            "impala_learner_regroups",
+            "Groups that took the place of another one, because a learner came, left or was lost",
+            ["reason"],
+            registry=registry,
+        )
+        self.parameters_checksum = Gauge(
+            "impala_learner_parameters_checksum",
+            "Of the weights' bits, the same in all learners of a group",
+            registry=registry,
+        )
+        self.parameters_checksum_version = Gauge(
+            "impala_learner_parameters_checksum_version", "Policy version that it is of", registry=registry
+        )
         self.policy_version = Gauge(
             "impala_learner_policy_version", "Newest policy version; -1 before the first", registry=registry
         )
@@ -181,7 +208,8 @@ class LearnerMetrics:
             figure.set(math.nan)  # not known yet: a zero would look like a finding
         _start_at_zero(self.rollouts, "ok", "stale", "invalid")
         _start_at_zero(self.invalid_rollouts, *INVALID_REASONS)
-        _start_at_zero(self.stage_seconds, "wait", "h2d", "forward_backward", "publish")
+        _start_at_zero(self.stage_seconds, "wait", "agree", "h2d", "forward_backward", "allreduce", "publish")
+        _start_at_zero(self.regroups, *REGROUPS)
 
 
 class ReplayMetrics:
@@ -241,6 +269,7 @@ class ParamserverMetrics:
             "impala_paramserver_version", "Newest policy version; -1 before the first", registry=registry
         )
         self.seats = Gauge("impala_paramserver_seats", "Actors that hold a seat", registry=registry)
+        self.learners = Gauge("impala_paramserver_learners", "Learners that attend", registry=registry)
         self.snapshot_failures = Counter(
             "impala_paramserver_snapshot_failures", "Snapshots that could not be written", registry=registry
         )
@@ -248,7 +277,16 @@ class ParamserverMetrics:
 
         self.version.set(-1)
         _start_at_zero(self.pulls, "full", "not_modified")
-        _start_at_zero(self.refused_requests, *INVALID_REASONS, "relay", "role", "stale", "internal")
+        _start_at_zero(
+            self.refused_requests,
+            *INVALID_REASONS,
+            "relay",
+            "role",
+            "stale",
+            "config",
+            "not_leader",
+            "internal",
+        )
 
 
 class EvaluatorMetrics:

@@ -198,13 +198,10 @@ def test_an_optional_value_can_be_taken_back(tmp_path: Path, null: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["tcp://a:1,tcp://b:2", '["tcp://a:1", "tcp://b:2"]', "[tcp://a:1, tcp://b:2]"]
+    "value", ["pong,breakout", "pong, breakout", '["pong", "breakout"]', "[pong, breakout]"]
 )
 def test_a_list_is_separated_by_commas_or_written_as_a_list(value: str) -> None:
-    assert load(flags=["--wire.learner_endpoints", value]).wire.learner_endpoints == (
-        "tcp://a:1",
-        "tcp://b:2",
-    )
+    assert [task.id for task in load(flags=["--tasks", value]).tasks] == ["pong", "breakout"]
 
 
 def test_only_variables_with_our_prefix_are_read() -> None:
@@ -237,7 +234,15 @@ def test_only_variables_with_our_prefix_are_read() -> None:
         (["--optimiser.name", "sgd"], "allowed is 'rmsprop', 'rmsprop_tf' or 'adam'"),
         (["--env.full_action_set=perhaps"], "--env.full_action_set = 'perhaps'"),
         (["--wire.learner_bind", "localhost:5555"], "--wire.learner_bind = 'localhost:5555'"),
-        (["--wire.learner_endpoints", "[]"], "wire.learner_endpoints"),
+        (["--wire.learner_endpoints", "tcp://a:1"], "--wire.learner_endpoints: unknown key"),
+        (["--wire.learner_host", "tcp://a"], "--wire.learner_host = 'tcp://a'"),
+        (["--wire.learner_host", ""], "--wire.learner_host = ''"),
+        (["--learners", "0"], "--learners = '0': allowed is greater than or equal to 1"),
+        (
+            ["--learner.min_learners", "0"],
+            "--learner.min_learners = '0': allowed is greater than or equal to 1",
+        ),
+        (["--paramserver.learner_lease_s", "0.9"], "allowed is greater than or equal to 1"),
         (["--run_id", "a b"], "--run_id = 'a b'"),
         (["--ops.port", "65536"], "allowed is less than or equal to 65535"),
         (["--preset", "impla"], "preset = 'impla': did you mean impala?"),
@@ -256,8 +261,8 @@ def test_a_wrong_flag_is_named_with_its_value_and_what_is_allowed(flags: list[st
 
 
 def test_a_wrong_element_of_a_list_is_named_by_its_place() -> None:
-    told = complaint("--wire.learner_endpoints", "tcp://a:1,localhost:5555")
-    assert "wire.learner_endpoints.1 = 'localhost:5555'" in told.splitlines()[0]
+    told = complaint("--tasks", "[catch, {id: catch, kwargs: 3}]")
+    assert told == "tasks.1.kwargs = 3: allowed is an object"
 
 
 @pytest.mark.parametrize(
@@ -302,6 +307,10 @@ def test_settings_that_contradict_each_other_are_refused(flags: list[str], told:
         ["--total_steps", "640"],
         ["--actors", "200", "--learner.max_policy_lag", "200"],
         ["--paramserver.hold_s", "14.9"],
+        ["--paramserver.learner_lease_s", "1"],
+        ["--wire.learner_host", "10.0.0.7"],
+        ["--wire.learner_host", "learner-0.impala-learner"],
+        ["--wire.learner_host", "fd00::1%eth0"],
     ],
 )
 def test_the_last_settings_that_do_not_contradict_each_other_are_accepted(flags: list[str]) -> None:
@@ -373,7 +382,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     [
         [],
         ["--preset", "torchbeast", "--env", "catch", "--env.kwargs", "{rows: 8, name: x, slow: null}"],
-        ["--wire.learner_endpoints", "tcp://a:1,tcp://b:2", "--learner.queue_capacity", "64"],
+        ["--tasks", "catch,recall", "--learners", "3", "--learner.min_learners", "2"],
     ],
 )
 def test_a_dumped_configuration_is_the_same_again(tmp_path: Path, flags: list[str]) -> None:
@@ -418,12 +427,16 @@ def test_importing_the_configuration_imports_nothing_heavy() -> None:
         (["--batch_size", "16"], 40),
         (["--batch_size", "2"], 320),
         (["--batch_size", "2", "--learner.max_policy_lag", "20"], 20),
-        # 64 in unrolls + 2 + 2 + 64 in sockets for each actor, 64 queued + 64 laid out; of which twice
-        (["--actors", "2"], 25),  # 2 x 132 + 128 = 392
-        (["--actors", "4"], 41),  # 4 x 132 + 128 = 656
-        (["--actors", "4", "--wire.receive_queue", "64"], 57),  # 4 x 194 + 128 = 904, where 40 was not enough
-        # two learners take 64 at once, and each actor has a connection to both: 8 x 200 + 256 = 1856
-        (["--actors", "8", "--wire.learner_endpoints", "tcp://a:1,tcp://b:1"], 58),
+        # 64 in unrolls + 2 + 2 + 100 in sockets for each actor, 64 queued + 64 laid out; of which twice
+        (["--actors", "1"], 20),  # 168 + 128 = 296, and 320 are fresh enough anyway
+        (["--actors", "2"], 29),  # 2 x 168 + 128 = 464
+        (["--actors", "4"], 50),  # 4 x 168 + 128 = 800
+        (
+            ["--actors", "4", "--wire.receive_queue", "64"],
+            66,
+        ),  # 4 x 230 + 128 = 1048, where 40 was not enough
+        # two learners take 64 at once, and each actor has a connection to both: 8 x 272 + 256 = 2432
+        (["--actors", "8", "--learners", "2"], 76),
         # 200,000 steps are held, and an update takes 4 fresh rollouts of 20 steps each
         (["--replay.ratio", "7"], 2500),
         (["--replay.ratio", "7", "--replay.capacity", "640"], 160),
@@ -431,12 +444,16 @@ def test_importing_the_configuration_imports_nothing_heavy() -> None:
 )
 def test_no_rollout_is_stale_that_a_healthy_fleet_may_have_under_way(flags: list[str], limit: int) -> None:
     config = load(flags=flags)
-    assert config.max_policy_lag(config.actors) == limit
+    assert config.max_policy_lag(config.actors, config.learners) == limit
 
 
 def test_the_lag_bound_follows_the_fleet_unless_it_is_given() -> None:
-    assert load().max_policy_lag(actors=4) == load(flags=["--actors", "4"]).max_policy_lag(actors=4) == 41
-    assert load(flags=["--learner.max_policy_lag", "20"]).max_policy_lag(actors=256) == 20
+    started_alone = load(flags=["--actors", "1", "--learners", "1"])
+    started_with_all = load(flags=["--actors", "8", "--learners", "2"])
+    for config in (started_alone, started_with_all):
+        assert config.max_policy_lag(actors=4, learners=1) == 50
+        assert config.max_policy_lag(actors=8, learners=2) == 76
+    assert load(flags=["--learner.max_policy_lag", "20"]).max_policy_lag(actors=256, learners=3) == 20
 
 
 def test_derived_figures() -> None:
