@@ -1,8 +1,9 @@
 """The messages of the system: frozen values without behaviour.
 
-Actors send ``Rollout`` to learners. Everybody else talks to the parameter server in request and reply:
-``Pull`` -> ``Weights``, ``Publish`` -> ``Published``, ``Goodbye`` -> nothing, and ``Refusal`` in place of any
-reply. ``codec.py`` turns each into frames and back; nothing here knows about bytes, sockets or clocks.
+Actors send ``Rollout`` to learners. Everybody talks to the parameter server in request and reply:
+``Pull`` -> ``Weights``, ``Publish`` -> ``Published``, ``Attend`` -> ``View``, ``Goodbye`` -> nothing, and
+``Refusal`` in place of any reply. ``codec.py`` turns each into frames and back; nothing here knows about
+bytes, sockets or clocks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Changes whenever an old peer would misread a new message. Checked before anything else in a message."""
 
 RunState = Literal["waiting", "training", "complete"]
@@ -22,6 +23,13 @@ NO_VERSION = -1
 
 NO_SEAT = -1
 """The seat of whoever has none, or none yet."""
+
+NO_GENERATION = 0
+"""Before the learners' first group; or which one there is is not known (yet)."""
+
+Phase = Literal["standing", "training", "leaving"]
+"""standing: in no group, and ready for the next one; training: in the group of a generation, or on its way
+into it; leaving: stops on purpose."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -67,7 +75,7 @@ class Rollout:
     incarnation: int
     """Which life of this actor: a restarted one starts a new sequence."""
     sequence: int
-    """Counts this incarnation's rollouts to one learner or another; a gap is a lost rollout."""
+    """Counts this incarnation's rollouts to this learner; a gap is a lost rollout."""
     policy_version: int
     task: int
     episodes: tuple[Episode, ...]
@@ -85,6 +93,29 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """A learner as actors see it."""
+
+    endpoint: str
+    """Where it takes rollouts."""
+    since: int
+    """The generation since which it is a member without a break. With another one it is connected anew: the
+    old connection may lead to a machine that is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A learner as learners see it. Its rank is its place in the view."""
+
+    client_id: str
+    incarnation: int
+    endpoint: str
+    store: str
+    """`host:port` of the store that it offered for this generation; used if it holds the state."""
+    since: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
     """ "Anything newer than this version?" Held open until there is, or until the server's patience ends."""
 
@@ -93,6 +124,8 @@ class Pull:
     have_version: int
     seats_for: tuple[Client, ...]
     """Who wants a seat: an actor names itself, a relay all of its actors, an evaluator nobody."""
+    generation: int = NO_GENERATION
+    """Of the learners that the sender knows; another one is news."""
     request: int = 0
     """Comes back in the reply, so that a relay can tell the reply to a request that it has replaced."""
 
@@ -111,6 +144,10 @@ class Weights:
     """For each of ``Pull.seats_for``, its seat, or NO_SEAT: none is free, or a relay has not heard yet."""
     payload: Buffer | None
     """safetensors bytes; opaque to the parameter server."""
+    generation: int = NO_GENERATION
+    """Of the learners; with NO_GENERATION nothing is known of them, and the old ones are to be kept."""
+    learners: tuple[Destination, ...] = ()
+    """Where rollouts go."""
     request: int = 0
     """``Pull.request`` of the request that this answers."""
 
@@ -134,6 +171,47 @@ class Published:
     run_id: str
     server_incarnation: int
     version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attend:
+    """A learner is there, several times a second: its lease on membership, and what it is doing."""
+
+    run_id: str
+    sender: Client
+    endpoint: str
+    """Where it takes rollouts."""
+    phase: Phase
+    generation: int
+    """training: which; standing: the last one that it was in or heard of, which is over for it."""
+    version: int
+    """Updates completed; training: when it last stood."""
+    has_trained: bool
+    """Whether its state comes from training in a group in this life, not only from a checkpoint."""
+    store: str
+    """standing: `host:port` where it hosts a store for the next generation; else empty."""
+    rank: int
+    """training: its place. A restarted server learns the view from those who are in it."""
+    world_size: int
+    since: int
+    """training: as ``Member.since``."""
+    config: str = ""
+    """Digest of what all learners must have in common: network, loss, optimiser, ..."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Who trains together. Without members those of this generation and before are to stop and stand."""
+
+    run_id: str
+    server_incarnation: int
+    generation: int
+    members: tuple[Member, ...]
+    """In the order of their ranks."""
+    holder: int
+    """The rank of the member whose state all others take over."""
+    version: int
+    """That the server holds."""
     num_seats: int
     """How many actors there are, which bounds how old a rollout may be."""
 
@@ -154,4 +232,4 @@ class Refusal:
     text: str
 
 
-Message = Rollout | Pull | Weights | Publish | Published | Goodbye | Refusal
+Message = Rollout | Pull | Weights | Publish | Published | Attend | View | Goodbye | Refusal

@@ -166,46 +166,81 @@ class Handshakes:
     """Of a client's socket: what went wrong with the last one, and whether libzmq has given up.
 
     A refused key or another security mechanism ends libzmq's attempts for good. But a server that refuses us
-    today may be restarted with our keys, so whoever owns the socket connects anew: to all of its endpoints,
-    because libzmq tells a connection's host by its name or, once it was there, by its address, and knows an
-    endpoint to disconnect only as it was connected.
+    today may be restarted with our keys, so whoever owns the socket connects anew: to the endpoint that it
+    was given, because libzmq tells a connection's host by its name or, once it was there, by its address, and
+    knows an endpoint to disconnect only as it was connected.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], clock: Callable[[], float] = time.monotonic) -> None:
-        """Before ``socket`` connects."""
+    def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
+        """Before ``socket`` connects to ``endpoint``."""
+        self._endpoint = endpoint
         self._events = Events(
             socket,
             zmq.EVENT_HANDSHAKE_SUCCEEDED
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-            | zmq.EVENT_CLOSED,  # which only an attempt to connect reports that came to nothing
+            | zmq.EVENT_CLOSED  # which only an attempt to connect reports that came to nothing
+            | zmq.EVENT_CONNECT_DELAYED
+            | zmq.EVENT_CONNECT_RETRIED
+            | zmq.EVENT_DISCONNECTED,
         )
-        self._clock = clock
+        self._clock = time.monotonic
+        self._is_connected = False
+        self._is_begun = False
+        """In this attempt to connect, which ends with a pause, there was a TCP socket, and so an address."""
+        self._is_lost = False
+        """In the last attempt there was none."""
+        self._breaks = 0
         self._given_up_s: float | None = None
         self._looked_s = -math.inf
         self._trouble: str | None = None
 
     @property
     def trouble(self) -> str | None:
-        """In a few words why the last handshake failed; None if it did not, or if nobody was there at all."""
+        """In a few words why the last handshake failed, or that there seems to be no address to connect to.
+
+        None if neither is so, also if nobody was there at all.
+        """
         self._look()
+        if self._is_lost and self._endpoint.startswith("tcp:"):  # of other kinds nobody is there
+            return f"cannot try {self._endpoint}: its name does not resolve, or no file is left to open"
         return self._trouble
+
+    @property
+    def breaks(self) -> int:
+        """How often a connection has broken that had been made; what was under way over it is lost."""
+        self._look_now_and_then()
+        return self._breaks
 
     def take_given_up(self, pause_s: float) -> bool:
         """Whether libzmq gave up ``pause_s`` ago, which is told once: it is time to connect anew."""
-        if self._clock() >= self._looked_s + LOOK_S:
-            self._look()
+        self._look_now_and_then()
         if self._given_up_s is None or self._clock() < self._given_up_s + pause_s:
             return False
         self._given_up_s = None
         return True
 
+    def _look_now_and_then(self) -> None:
+        if self._clock() >= self._looked_s + LOOK_S:
+            self._look()
+
     def _look(self) -> None:
         self._looked_s = self._clock()
         for event, value, endpoint in self._events.take():
+            if event == zmq.EVENT_DISCONNECTED:  # of handshakes too, which have said why already
+                self._breaks += self._is_connected
+                self._is_connected = False
+                continue
+            if event == zmq.EVENT_CONNECT_RETRIED:
+                self._is_lost, self._is_begun = not self._is_begun, False
+                continue
+            self._is_lost, self._is_begun = False, True
+            if event == zmq.EVENT_CONNECT_DELAYED:
+                continue
             if event in (zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_CLOSED):
                 self._trouble = None
+                self._is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
                 continue
             self._trouble = f"handshake with {endpoint} failed: {why_failed(event, value)}"
             _log.warning("handshake_failed", endpoint=endpoint, error=why_failed(event, value))

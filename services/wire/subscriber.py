@@ -2,12 +2,15 @@
 
 After it comes whoever plays, an actor between two unrolls or an evaluator between two rounds: it takes what
 is ``newest`` and never waits for the network. The request also renews an actor's seat, and its answer brings
-the state of the run. A missing, restarted or incompatible server is waited for, with jitter and with one log
-line now and then. What the weights are is for ``decode`` to know: nothing here reaches torch.
+the state of the run and where rollouts go. A missing, restarted or incompatible server is waited for, with
+jitter and with one log line now and then. What the weights are is for ``decode`` to know: nothing here
+reaches torch.
 
 A server that is not there, or has not ended the handshake yet, is left to the socket, which tries again by
-itself: who began anew would take the last place in a queue of a thousand. Only a request that has left and is
-not answered ends a connection, which may lead to a machine that is gone.
+itself for a minute: who began anew would take the last place in a queue of a thousand. Apart from that only a
+request that has left and is not answered ends a connection, which may lead to a machine that is gone. If the
+connection itself breaks, as that to a server that dies does, the request is sent again as soon as there is
+another one.
 """
 
 from __future__ import annotations
@@ -22,17 +25,19 @@ from typing import Generic, TypeVar
 from services.ops.logging import get_logger
 from services.wire import codec
 from services.wire.messages import (
+    NO_GENERATION,
     NO_SEAT,
     NO_VERSION,
     Buffer,
     Client,
+    Destination,
     Goodbye,
     Pull,
     Refusal,
     RunState,
     Weights,
 )
-from services.wire.sockets import Requester
+from services.wire.sockets import RENEW_S, Requester
 
 POLL_S = 0.25
 REFUSED_PAUSE_S = 2.0
@@ -42,6 +47,8 @@ THANKS_S = 0.25
 """The longest pause without thanks, until which the server takes the weights for still on their way."""
 THANKS = 1
 """The number of the request that only says so; all others are 0."""
+LOST_S = 60.0
+"""After which a socket that was never connected is exchanged: longer than a thousand handshakes take."""
 BEHIND_S = 10.0
 """A restarted server holds less than its actors until the learner publishes again, which takes 2 s."""
 
@@ -78,7 +85,9 @@ class Subscriber(Generic[T]):
         interval_s: float,
         stopping: threading.Event,
     ) -> None:
-        """``decode`` raises ValueError for what is not acceptable. Who wants no seat waits for none."""
+        """``decode`` raises ValueError for what is not acceptable, and ``connect`` OSError if there is no
+        file descriptor left, which is waited out. Who wants no seat waits for none.
+        """
         self._connect = connect
         self._client = client
         self._expected = expected
@@ -95,8 +104,11 @@ class Subscriber(Generic[T]):
             self._seated.set()
         self._arrived = threading.Event()
         self._behind_since_s: float | None = None
+        self._generation = NO_GENERATION
         self.newest: Snapshot[T] | None = None
         self.state: RunState = "waiting"
+        self.learners: tuple[Destination, ...] = ()
+        """Where rollouts go, as far as is known."""
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why there is no news, or None."""
 
@@ -125,8 +137,13 @@ class Subscriber(Generic[T]):
     def run(self) -> None:
         """Ask, wait, ask again, until the pod stops; then say goodbye."""
         while not self._stopping.is_set():
-            with self._connect() as requester:
-                self._converse(requester)
+            try:
+                requester = self._connect()
+            except OSError as error:
+                self._trouble(f"cannot ask the parameter server: {error}")
+            else:
+                with requester:
+                    self._converse(requester)
             # Whom one silence met together does not come back together.
             longest_s = min(self._hold_s * 2 ** min(self._silences, 8), BACK_OFF_S)
             self._stopping.wait(random.uniform(0.0, longest_s))
@@ -136,10 +153,11 @@ class Subscriber(Generic[T]):
         """Until the server falls silent or the pod stops."""
         while not self._stopping.is_set():
             had = self.newest
-            if not self._ask(requester):
+            breaks = self._ask(requester)
+            if breaks is None:
                 return
             asked_s = time.monotonic()
-            if not self._await_reply(requester, asked_s):
+            if not self._await_reply(requester, asked_s, breaks):
                 return
             pause_s = self._interval_s - (time.monotonic() - asked_s)
             if self.newest is not had and pause_s > THANKS_S:
@@ -150,14 +168,21 @@ class Subscriber(Generic[T]):
             requester.send(codec.encode(farewell), 0.0)
         requester.close(linger_s=0.5)
 
-    def _ask(self, requester: Requester) -> bool:
-        """As soon as the server is there; False if the pod stops before."""
+    def _ask(self, requester: Requester) -> int | None:
+        """As soon as the server is there. How often the connection had broken by then.
+
+        None if the pod stops before, or if no connection is made for too long.
+        """
         frames = codec.encode(self._request())
-        while not requester.send(frames, POLL_S):
+        began_s = time.monotonic()
+        while True:
+            breaks = requester.breaks
+            if requester.send(frames, POLL_S):
+                return breaks
             self._trouble(requester.trouble or "parameter server not reachable")
-            if self._stopping.is_set():
-                return False
-        return True
+            longest_s = RENEW_S if breaks else LOST_S
+            if self._stopping.is_set() or time.monotonic() - began_s > longest_s:
+                return None
 
     def _request(self) -> Pull:
         have = self.newest.version if self.newest and not self._is_behind() else NO_VERSION
@@ -166,6 +191,7 @@ class Subscriber(Generic[T]):
             sender=self._client,
             have_version=have,
             seats_for=(self._client,) if self._wants_seat else (),
+            generation=self._generation,
         )
 
     def _thanks(self) -> Pull:
@@ -176,13 +202,17 @@ class Subscriber(Generic[T]):
         """The server has held less than we do for so long that its run must have gone back."""
         return self._behind_since_s is not None and time.monotonic() - self._behind_since_s > BEHIND_S
 
-    def _await_reply(self, requester: Requester, asked_s: float) -> bool:
+    def _await_reply(self, requester: Requester, asked_s: float, breaks: int) -> bool:
+        """False if the server is silent; ``breaks`` are those of before the request."""
         while not self._stopping.is_set():
             frames = requester.receive(POLL_S)
             if frames is not None:
                 self._silences = 0
                 if self._take(frames):
                     return True
+            elif requester.breaks != breaks:
+                self._trouble("parameter server has gone")
+                return True
             if time.monotonic() - asked_s > self._patience_s:
                 self._trouble("parameter server does not answer")
                 return False
@@ -206,6 +236,9 @@ class Subscriber(Generic[T]):
         return True
 
     def _accept(self, reply: Weights) -> None:
+        if reply.generation != NO_GENERATION:  # or else the server does not know yet who is there
+            self._generation = reply.generation
+            self.learners = reply.learners
         if reply.payload is not None:
             self.newest = Snapshot(
                 version=reply.version,

@@ -4,19 +4,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.wire.codec import Expected, Packer, decode, encode
+from services.wire.codec import MAX_LEARNERS, Expected, Packer, decode, encode
 from services.wire.messages import (
+    NO_GENERATION,
     ArraySpec,
+    Attend,
     Buffer,
     Client,
+    Destination,
     Episode,
     Goodbye,
+    Member,
     Message,
     Publish,
     Published,
     Pull,
     Refusal,
     Rollout,
+    View,
     Weights,
 )
 
@@ -71,6 +76,11 @@ def messages() -> list[Message]:
         steps=5120,
         seats=(0, -1, 16_383),
         payload=b"\x00weights",
+        generation=2**53 - 1,
+        learners=(
+            Destination(endpoint="tcp://10.0.0.7:5555", since=2),
+            Destination(endpoint="ä" * 256, since=2**53 - 1),
+        ),
         request=7,
     )
     publish = Publish(run_id="run", sender=CLIENT, state="complete", version=0, steps=0, payload=b"")
@@ -78,7 +88,14 @@ def messages() -> list[Message]:
         rollout(Packer("zstd")),
         rollout(Packer("none")),
         Pull(run_id="run", sender=CLIENT, have_version=-1, seats_for=(), request=0),
-        Pull(run_id="run", sender=CLIENT, have_version=2**53 - 1, seats_for=(CLIENT, seated), request=3),
+        Pull(
+            run_id="run",
+            sender=CLIENT,
+            have_version=2**53 - 1,
+            seats_for=(CLIENT, seated),
+            generation=2**53 - 1,
+            request=3,
+        ),
         weights,
         Weights(
             run_id="run",
@@ -91,9 +108,72 @@ def messages() -> list[Message]:
         ),
         publish,
         Publish(run_id="run", sender=CLIENT, state="training", version=3, steps=640, payload=None),
-        Published(run_id="run", server_incarnation=5, version=-1, num_seats=3),
+        Published(run_id="run", server_incarnation=5, version=-1),
+        *attends(),
+        *views(),
         Goodbye(run_id="run", sender=CLIENT),
         Refusal(reason="protocol", text="the peer speaks another protocol"),
+    ]
+
+
+def attends() -> list[Attend]:
+    """A newcomer that stands, and the last rank of the largest group as it leaves."""
+    return [
+        Attend(
+            run_id="run",
+            sender=Client(client_id="learner-0", incarnation=3),
+            endpoint="tcp://10.0.0.7:5555",
+            phase="standing",
+            generation=NO_GENERATION,
+            version=0,
+            has_trained=False,
+            store="10.0.0.7:29500",
+            rank=0,
+            world_size=1,
+            since=NO_GENERATION,
+        ),
+        Attend(
+            run_id="run",
+            sender=CLIENT,
+            endpoint="ä" * 256,
+            phase="leaving",
+            generation=2**53 - 1,
+            version=2**53 - 1,
+            has_trained=True,
+            store="",
+            rank=MAX_LEARNERS - 1,
+            world_size=MAX_LEARNERS,
+            since=2**53 - 1,
+            config="ä" * 64,
+        ),
+    ]
+
+
+def views() -> list[View]:
+    """One that is gathered by a server that knows nothing, and a formed one."""
+    first = Member(
+        client_id="learner-0", incarnation=2**62, endpoint="ipc:///run/l0", store="h:1", since=2**53 - 1
+    )
+    second = Member(client_id="ä" * 128, incarnation=0, endpoint="", store="", since=0)
+    return [
+        View(
+            run_id="run",
+            server_incarnation=0,
+            generation=NO_GENERATION,
+            members=(),
+            holder=0,
+            version=-1,
+            num_seats=0,
+        ),
+        View(
+            run_id="run",
+            server_incarnation=2**63 - 1,
+            generation=2**53 - 1,
+            members=(first, second),
+            holder=1,
+            version=2**53 - 1,
+            num_seats=16_384,
+        ),
     ]
 
 

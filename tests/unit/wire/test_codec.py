@@ -11,8 +11,12 @@ import zstandard
 
 from services.ops.metrics import INVALID_REASONS
 from services.wire.codec import (
+    MAX_COUNT,
+    MAX_DIGEST,
     MAX_FRAMES,
     MAX_HEADER_BYTES,
+    MAX_LEARNER_NAME,
+    MAX_LEARNERS,
     MAX_NAME,
     MAX_SEATS,
     REASONS,
@@ -31,10 +35,13 @@ from services.wire.messages import (
     PROTOCOL_VERSION,
     ArraySpec,
     Buffer,
+    Destination,
     Goodbye,
+    Member,
     Message,
     PackedArray,
     Publish,
+    Published,
     Pull,
     Refusal,
     Rollout,
@@ -49,10 +56,12 @@ from tests.unit.wire.samples import (
     SCHEMA,
     T,
     arrays,
+    attends,
     carry,
     cross,
     messages,
     rollout,
+    views,
 )
 
 Fields = list[object]
@@ -63,6 +72,10 @@ def refused(frames: list[Buffer], expected: Expected = EXPECTED) -> WireError:
         decode(carry(frames), expected)
     assert str(caught.value).startswith(f"{caught.value.reason}: ")
     return caught.value
+
+
+def kind_of(message: Message) -> str:
+    return type(message).__name__
 
 
 def unpacked(message: Message) -> dict[str, np.ndarray]:
@@ -99,7 +112,7 @@ def put(*path: int, value: object) -> Callable[[Fields], None]:
 # --- round trips ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("message", messages(), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("message", messages(), ids=kind_of)
 def test_every_message_arrives_as_it_was_sent(message: Message) -> None:
     assert cross(message) == message
 
@@ -205,7 +218,7 @@ def test_one_piece_is_laid_out_as_in_files_that_exist() -> None:
     assert to_bytes([b"ab", bytearray(b""), memoryview(b"c")]) == b"".join([b"\x03", *lengths, b"abc"])
 
 
-@pytest.mark.parametrize("message", messages(), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("message", messages(), ids=kind_of)
 def test_every_message_comes_out_of_one_piece_as_it_went_in(message: Message) -> None:
     joined = to_bytes(carry(encode(message)))
     assert type(joined) is bytes
@@ -306,7 +319,7 @@ def test_a_header_may_be_as_large_as_allowed_and_not_larger() -> None:
     header = msgpack.packb([PROTOCOL_VERSION, "pull", ["run", bytes(padding)]])
     assert len(header) == MAX_HEADER_BYTES
     roomy = replace(EXPECTED, max_message_bytes=2 * MAX_HEADER_BYTES)
-    assert "2 header fields where 5 belong" in str(refused([header], roomy))
+    assert "2 header fields where 6 belong" in str(refused([header], roomy))
     assert "allowed are 1048576" in str(refused([header + b"\0"], roomy))
 
 
@@ -316,7 +329,7 @@ def test_a_message_may_have_as_many_frames_as_allowed_and_not_more() -> None:
     assert f"allowed are 1 to {MAX_FRAMES}" in str(refused([header, *[b""] * MAX_FRAMES]))
 
 
-@pytest.mark.parametrize("message", messages(), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("message", messages(), ids=kind_of)
 def test_a_field_too_many_or_too_few_is_malformed(message: Message) -> None:
     assert refused(rewritten(message, lambda fields: fields.append(0))).reason == "malformed"
     assert refused(rewritten(message, lambda fields: fields.__delitem__(-1))).reason in ("malformed", "run")
@@ -325,7 +338,7 @@ def test_a_field_too_many_or_too_few_is_malformed(message: Message) -> None:
 WRONG: list[object] = [None, True, 1.5, "text", b"bytes", [], [1], {}, -2, 2**63]
 
 
-@pytest.mark.parametrize("message", messages(), ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("message", messages(), ids=kind_of)
 @pytest.mark.parametrize("wrong", WRONG, ids=repr)
 def test_no_field_of_no_message_accepts_a_value_of_another_kind(message: Message, wrong: object) -> None:
     """Or if it does, then because the value is acceptable there, and arrives as it was sent."""
@@ -344,6 +357,11 @@ WEIGHTS = Weights(
     run_id="run", server_incarnation=1, state="training", version=1, steps=1, seats=(1,), payload=b"w"
 )
 PUBLISH = Publish(run_id="run", sender=CLIENT, state="training", version=1, steps=1, payload=b"w")
+PUBLISHED = Published(run_id="run", server_incarnation=1, version=1)
+ATTEND = attends()[0]
+VIEW = views()[1]
+DESTINATION: list[object] = ["tcp://h:1", 1]
+MEMBER: list[object] = ["learner-0", 1, "tcp://h:1", "h:2", 1]
 
 
 @pytest.mark.parametrize(
@@ -358,11 +376,65 @@ PUBLISH = Publish(run_id="run", sender=CLIENT, state="training", version=1, step
         (PULL, (3,), [["a", 1, -1]] * MAX_SEATS, [["a", 1, -1]] * (MAX_SEATS + 1)),
         (PULL, (3, 0), ["a", 1, 0], ["a", 1, 0, 0]),
         (PULL, (4,), 0, -1),
+        (PULL, (4,), MAX_COUNT - 1, MAX_COUNT),
+        (PULL, (5,), 0, -1),
         (WEIGHTS, (2,), "complete", "completed"),
         (WEIGHTS, (3,), -1, -2),
         (WEIGHTS, (4,), 0, -1),
         (WEIGHTS, (5,), [0] * MAX_SEATS, [0] * (MAX_SEATS + 1)),
         (WEIGHTS, (5, 0), -1, -2),
+        (WEIGHTS, (6,), 0, -1),
+        (WEIGHTS, (6,), MAX_COUNT - 1, MAX_COUNT),
+        (WEIGHTS, (7,), [DESTINATION] * MAX_LEARNERS, [DESTINATION] * (MAX_LEARNERS + 1)),
+        (WEIGHTS, (7,), [DESTINATION], [DESTINATION[:1]]),
+        (WEIGHTS, (7,), [DESTINATION], [[*DESTINATION, 1]]),
+        (WEIGHTS, (7,), [["x" * MAX_NAME, 0]], [["x" * (MAX_NAME + 1), 0]]),
+        (WEIGHTS, (7,), [["", 0]], [[None, 0]]),
+        (WEIGHTS, (7,), [["", 0]], [["", -1]]),
+        (WEIGHTS, (7,), [["", MAX_COUNT - 1]], [["", MAX_COUNT]]),
+        (WEIGHTS, (8,), 0, -1),
+        (PUBLISHED, (1,), 0, -1),
+        (PUBLISHED, (2,), -1, -2),
+        (PUBLISHED, (2,), MAX_COUNT - 1, MAX_COUNT),
+        (ATTEND, (1, 1), 0, -1),
+        (ATTEND, (2,), "x" * MAX_NAME, "x" * (MAX_NAME + 1)),
+        (ATTEND, (3,), "training", "trains"),
+        (ATTEND, (3,), "leaving", ["leaving"]),
+        (ATTEND, (4,), 0, -1),
+        (ATTEND, (4,), MAX_COUNT - 1, MAX_COUNT),
+        (ATTEND, (5,), 0, -1),
+        (ATTEND, (5,), MAX_COUNT - 1, MAX_COUNT),
+        (ATTEND, (6,), True, 1),
+        (ATTEND, (6,), False, None),
+        (ATTEND, (7,), "", None),
+        (ATTEND, (7,), "x" * MAX_LEARNER_NAME, "x" * (MAX_LEARNER_NAME + 1)),
+        (ATTEND, (1, 0), "x" * MAX_LEARNER_NAME, "x" * (MAX_LEARNER_NAME + 1)),
+        (ATTEND, (8,), 0, -1),
+        (ATTEND, (8,), 0, 1),  # of a group of one
+        (ATTEND, (9,), 1, 0),
+        (ATTEND, (9,), MAX_LEARNERS, MAX_LEARNERS + 1),
+        (ATTEND, (10,), 0, -1),
+        (ATTEND, (10,), MAX_COUNT - 1, MAX_COUNT),
+        (ATTEND, (11,), "x" * MAX_DIGEST, "x" * (MAX_DIGEST + 1)),
+        (ATTEND, (11,), "", None),
+        (VIEW, (1,), 0, -1),
+        (VIEW, (2,), 0, -1),
+        (VIEW, (2,), MAX_COUNT - 1, MAX_COUNT),
+        (VIEW, (3,), [MEMBER] * MAX_LEARNERS, [MEMBER] * (MAX_LEARNERS + 1)),
+        (VIEW, (3, 0), MEMBER, MEMBER[:-1]),
+        (VIEW, (3, 0), MEMBER, [*MEMBER, 0]),
+        (VIEW, (3, 0, 0), "x" * MAX_LEARNER_NAME, "x" * (MAX_LEARNER_NAME + 1)),
+        (VIEW, (3, 0, 1), 0, -1),
+        (VIEW, (3, 0, 2), "x" * MAX_NAME, "x" * (MAX_NAME + 1)),
+        (VIEW, (3, 0, 3), "x" * MAX_LEARNER_NAME, "x" * (MAX_LEARNER_NAME + 1)),
+        (VIEW, (3, 0, 3), "", None),
+        (VIEW, (3, 0, 4), 0, -1),
+        (VIEW, (3, 0, 4), MAX_COUNT - 1, MAX_COUNT),
+        (VIEW, (4,), 0, -1),
+        (VIEW, (4,), 1, 2),  # of two members
+        (VIEW, (5,), -1, -2),
+        (VIEW, (6,), 0, -1),
+        (views()[0], (4,), 0, 1),  # of none
         (PUBLISH, (3,), 0, -1),
         (PUBLISH, (4,), 0, -1),
         (rollout(), (5,), 0, -1),
@@ -380,7 +452,37 @@ def test_bounds_of_header_fields(
     assert refused(rewritten(message, put(*path, value=one_beyond)), roomy).reason == "malformed"
 
 
-@pytest.mark.parametrize("message", [PULL, Goodbye(run_id="run", sender=CLIENT)])
+def test_the_largest_view_and_the_longest_list_of_learners_fit_a_header() -> None:
+    widest = "\N{GRINNING FACE}"  # four bytes
+    member = Member(
+        client_id=widest * MAX_LEARNER_NAME,
+        incarnation=2**63 - 1,
+        endpoint=widest * MAX_NAME,
+        store=widest * MAX_LEARNER_NAME,
+        since=MAX_COUNT - 1,
+    )
+    largest = replace(
+        views()[1],
+        server_incarnation=2**63 - 1,
+        generation=MAX_COUNT - 1,
+        members=(member,) * MAX_LEARNERS,
+        holder=MAX_LEARNERS - 1,
+        num_seats=MAX_COUNT - 1,
+    )
+    seated = replace(
+        WEIGHTS,
+        seats=(MAX_SEATS - 1,) * MAX_SEATS,
+        learners=(Destination(endpoint=member.endpoint, since=MAX_COUNT - 1),) * MAX_LEARNERS,
+    )
+    roomy = replace(EXPECTED, max_message_bytes=2 * MAX_HEADER_BYTES)
+    for message in (largest, seated):
+        assert len(encode(message)[0]) < MAX_HEADER_BYTES
+        assert cross(message, roomy) == message
+
+
+@pytest.mark.parametrize(
+    "message", [PULL, PUBLISHED, ATTEND, VIEW, Goodbye(run_id="run", sender=CLIENT)], ids=kind_of
+)
 def test_messages_without_buffers_take_none(message: Message) -> None:
     assert refused([*encode(message), b""]).reason == "malformed"
 
@@ -424,9 +526,7 @@ def test_a_refusals_layout_is_the_one_that_old_peers_know() -> None:
     assert [msgpack.unpackb(frame) for frame in frames] == [[PROTOCOL_VERSION, "refusal", ["run", "no"]]]
 
 
-@pytest.mark.parametrize(
-    "message", [m for m in messages() if not isinstance(m, Refusal)], ids=lambda m: type(m).__name__
-)
+@pytest.mark.parametrize("message", [m for m in messages() if not isinstance(m, Refusal)], ids=kind_of)
 def test_messages_of_another_run_are_refused_and_named(message: Message) -> None:
     assert not isinstance(message, Refusal)
     error = refused(encode(replace(message, run_id="another")))

@@ -120,7 +120,7 @@ def test_a_version_of_any_kind_and_size_is_refused_as_protocol_or_malformed() ->
     for version in [*NASTY, -1, 2, 2**40, False]:
         if version == PROTOCOL_VERSION:  # True is 1
             continue
-        header = msgpack.packb([version, "pull", ["run", ["a", 1, -1], 0, [], 0]])
+        header = msgpack.packb([version, "pull", ["run", ["a", 1, -1], 0, [], 0, 0]])
         with pytest.raises(WireError) as caught:
             decode([header], EXPECTED)
         assert caught.value.reason in ("protocol", "malformed")

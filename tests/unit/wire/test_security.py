@@ -8,7 +8,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +24,7 @@ from services.wire.security import ZAP, Doorkeeper, Handshakes, Refused
 from services.wire.sockets import Replier, Requester, RolloutReceiver, RolloutSender
 from tests.unit.learner.waiting import until
 from tests.unit.wire import reference
+from tests.unit.wire.sending import send, sender_to
 
 SEED = b"0123456789abcdef" * 3
 LIMIT = 1 << 20
@@ -496,11 +497,11 @@ def test_a_role_that_is_not_met_is_an_unknown_key(keys: MakeKeys) -> None:
             secret=keys("evaluator").secret,
             public={**keys("evaluator").public, "learner": keys("learner").public["learner"]},
         )
-        with RolloutSender([receiver.endpoint], 2, LIMIT, posing) as sender:
-            assert not sender.send([b"x"], 0.3)
+        with sender_to(receiver.endpoint, keys=posing) as sender:
+            assert not send(sender, [b"x"], 0.3)
             until(lambda: refused, "a refusal")
-        with RolloutSender([receiver.endpoint], 2, LIMIT, keys("actor")) as sender:
-            assert sender.send([b"x"], 10.0)
+        with sender_to(receiver.endpoint, keys=keys("actor")) as sender:
+            assert send(sender, [b"x"], 10.0)
             assert receiver.receive(10.0) == [b"x"]
         stopping.set()
         thread.join()
@@ -587,26 +588,91 @@ def test_what_was_wrong_with_a_server_that_has_gone_is_not_said_any_more(
         until(lambda: not client.send([b"x"], 0.0) and client.trouble is None, "nobody is there")
 
 
-class Looks:
-    """In place of what libzmq reports: nothing, but counted."""
+def test_only_a_connection_that_had_been_made_can_break(serve: Serve, keys: MakeKeys) -> None:
+    ours, stranger = keys("paramserver"), keys("paramserver", STRANGE)
+    server = serve(ours)
+    with Requester(server.endpoint, LIMIT, keys("actor")) as client:
+        assert client.send([b"x"], 15.0)
+        assert client.breaks == 0
+        server.close()
+        until(lambda: client.breaks == 1, "it is noticed")
+        refusing = until(lambda: restarted(serve, stranger, server.endpoint), "the port is free")
+        until(lambda: client.trouble and refusing.refused, "a refusal")
+        refusing.close()
+        server = until(lambda: restarted(serve, ours, server.endpoint), "the port is free")
+        until(lambda: client.send([b"x"], 0.1), "a connection")
+        assert client.breaks == 1
+        server.close()
+        until(lambda: client.breaks == 2, "it is noticed again")
 
-    def __init__(self) -> None:
-        self.count = 0
+
+def test_a_name_without_an_address_is_told_from_nobody_who_is_there() -> None:
+    with Requester("tcp://no..name:5556", LIMIT) as client:  # a name that no resolver is asked for
+        until(lambda: not client.send([b"x"], 0.0) and client.trouble, "it is noticed")
+        assert client.trouble is not None
+        assert client.trouble.startswith("cannot try tcp://no..name:5556: its name does not resolve")
+
+
+class Told:
+    """In place of what libzmq reports: these events, once."""
+
+    def __init__(self, *events: zmq.Event) -> None:
+        self._events = events
+        self.looks = 0
 
     def take(self) -> Iterator[tuple[int, int, str]]:
-        self.count += 1
-        return iter(())
+        self.looks += 1
+        events, self._events = self._events, ()
+        return ((event, 0, "tcp://server:5556") for event in events)
+
+
+@contextmanager
+def handshakes_of(told: Told) -> Iterator[Handshakes]:
+    with Requester("tcp://127.0.0.1:1", LIMIT) as client:
+        handshakes = client._handshakes
+        assert handshakes is not None
+        true, handshakes._events = handshakes._events, told  # type: ignore[assignment]
+        try:
+            yield handshakes
+        finally:
+            handshakes._events = true  # which is closed in its turn, or libzmq would wait for it
+
+
+@pytest.mark.parametrize(
+    ("events", "is_lost"),
+    [
+        ("RETRIED", True),
+        ("RETRIED RETRIED", True),
+        ("RETRIED DELAYED", False),
+        ("DELAYED CLOSED RETRIED", False),
+        ("CLOSED RETRIED", False),
+        ("DELAYED CLOSED RETRIED RETRIED", True),
+        ("RETRIED DELAYED CLOSED", False),
+        ("RETRIED DELAYED HANDSHAKE_SUCCEEDED", False),
+        ("DELAYED HANDSHAKE_SUCCEEDED DISCONNECTED RETRIED", False),
+        ("DELAYED HANDSHAKE_SUCCEEDED DISCONNECTED RETRIED RETRIED", True),
+        ("RETRIED DELAYED CLOSED RETRIED DELAYED", False),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["tcp", "ipc"])
+def test_a_name_is_lost_if_an_attempt_ended_that_had_not_begun(
+    scheme: str, events: str, *, is_lost: bool
+) -> None:
+    names = [f"CONNECT_{name}" if name in ("RETRIED", "DELAYED") else name for name in events.split()]
+    with handshakes_of(Told(*(zmq.Event[name] for name in names))) as handshakes:
+        handshakes._endpoint = f"{scheme}://server:5556"
+        lost = "cannot try tcp://server:5556: its name does not resolve, or no file is left to open"
+        assert handshakes.trouble == (lost if is_lost and scheme == "tcp" else None)
 
 
 def test_who_sends_does_not_look_each_time_whether_it_was_refused() -> None:
     clock = iter([100.0, 100.0, 100.1, 100.2, 100.3, 100.3, 100.4, 100.6, 100.6])
-    with RolloutSender(["tcp://127.0.0.1:1"], 2, LIMIT) as sender:
-        handshakes = Handshakes(sender._socket, clock=lambda: next(clock))
-        handshakes.close()
-        handshakes._events = looks = Looks()  # type: ignore[assignment]
+    told = Told()
+    with handshakes_of(told) as handshakes:
+        handshakes._clock = lambda: next(clock)
         for _ in range(6):
             handshakes.take_given_up(2.0)
-    assert looks.count == 3  # at 100.0, 100.3 and 100.6
+    assert told.looks == 3  # at 100.0, 100.3 and 100.6
     assert not list(clock)
 
 
@@ -653,9 +719,9 @@ def test_an_actor_that_was_refused_for_a_while_sends_rollouts_again(keys: MakeKe
         stopping = threading.Event()
         thread = threading.Thread(target=door.run, args=(stopping,))
         thread.start()
-        sender = sender or RolloutSender([by_name(endpoint)], 2, LIMIT, keys("actor"))
+        sender = sender or sender_to(by_name(endpoint), keys=keys("actor"))
         if held is ours:
-            until(lambda: sender.send([b"x"], 0.1), "a connection")  # noqa: B023
+            until(lambda: send(sender, [b"x"], 0.1), "a connection")  # noqa: B023
             assert receiver.receive(15.0) == [b"x"]
         else:
             until(lambda: sender.trouble and refused, "a refusal")  # noqa: B023

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import tempfile
 import threading
@@ -15,10 +16,12 @@ import pytest
 from services.wire import subscriber as subscriber_module
 from services.wire.codec import MAX_COUNT, encode
 from services.wire.messages import (
+    NO_GENERATION,
     NO_SEAT,
     NO_VERSION,
     Buffer,
     Client,
+    Destination,
     Goodbye,
     Published,
     Pull,
@@ -75,6 +78,8 @@ class Scene:
         seats: tuple[int, ...] = (4,),
         with_payload: bool = True,
         state: RunState = "training",
+        generation: int = NO_GENERATION,
+        learners: tuple[Destination, ...] = (),
         request: int = 0,
     ) -> None:
         """The weights are ten times their version's number."""
@@ -87,6 +92,8 @@ class Scene:
                 steps=max(0, version) * 640,
                 seats=seats,
                 payload=b"weights %d" % (10 * version) if with_payload else None,
+                generation=generation,
+                learners=learners,
                 request=request,
             )
         )
@@ -265,6 +272,68 @@ def test_the_answer_to_thanks_is_news_but_not_taken_for_the_answer_to_the_reques
     assert request.have_version == 5
 
 
+# --- where rollouts go --------------------------------------------------------------------------------
+
+FIRST = Destination(endpoint="tcp://10.0.0.1:5555", since=3)
+SECOND = Destination(endpoint="tcp://10.0.0.2:5555", since=4)
+
+
+def test_an_actor_learns_who_the_learners_are_and_says_which_it_knows(scene: Scene) -> None:
+    assert scene.server.next(Pull).generation == NO_GENERATION
+    assert not scene.client.learners
+    scene.answer(1, generation=3, learners=(FIRST,))
+    assert scene.server.next(Pull).generation == 3
+    assert list(scene.client.learners) == [FIRST]
+    scene.answer(1, with_payload=False, generation=4, learners=(FIRST, SECOND))
+    assert scene.server.next(Pull).generation == 4
+    assert list(scene.client.learners) == [FIRST, SECOND]
+
+
+def test_an_actor_needs_no_learner_to_begin(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(1)
+    assert scene.client.wait(DEADLINE_S) is not None
+    assert scene.client.missing() is None
+    assert not scene.client.learners
+
+
+def test_a_server_that_knows_no_learners_yet_takes_none_away(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(1, generation=3, learners=(FIRST, SECOND))
+    scene.server.next(Pull)
+    scene.answer(1, with_payload=False, generation=NO_GENERATION)
+    assert scene.server.next(Pull).generation == 3
+    assert list(scene.client.learners) == [FIRST, SECOND]
+
+
+def test_a_run_that_begins_anew_has_its_first_generation_again(scene: Scene) -> None:
+    scene.server.next(Pull)
+    scene.answer(1, generation=9, learners=(FIRST, SECOND))
+    scene.server.next(Pull)
+    scene.answer(1, with_payload=False, generation=1, learners=(SECOND,))
+    assert scene.server.next(Pull).generation == 1
+    assert list(scene.client.learners) == [SECOND]
+
+
+@pytest.mark.usefixtures("_short_pauses")
+def test_learners_are_taken_over_from_an_answer_whose_weights_are_of_no_use(scene: Scene) -> None:
+    scene.server.next(Pull)
+    reply = Weights(
+        run_id=RUN,
+        server_incarnation=1,
+        state="training",
+        version=1,
+        steps=0,
+        seats=(4,),
+        payload=b"something else",
+        generation=3,
+        learners=(FIRST,),
+    )
+    scene.server.answer(reply)
+    assert scene.server.next(Pull).generation == 3  # or else it would be news again, at once
+    assert list(scene.client.learners) == [FIRST]
+
+
 # --- whoever wants no seat ----------------------------------------------------------------------------
 
 
@@ -341,8 +410,8 @@ def _babble() -> dict[str, list[Buffer]]:
     return {
         "empty": [b""],
         "not msgpack": [b"\xc1\xc1\xc1"],
-        "another kind": encode(Published(run_id=RUN, server_incarnation=1, version=1, num_seats=3)),
-        "another run": encode(Published(run_id="other", server_incarnation=1, version=1, num_seats=3)),
+        "another kind": encode(Published(run_id=RUN, server_incarnation=1, version=1)),
+        "another run": encode(Published(run_id="other", server_incarnation=1, version=1)),
         "not acceptable": weights(b"something else"),
         "nothing": weights(b""),
     }
@@ -393,6 +462,26 @@ def test_a_server_that_is_not_there_is_waited_for(make: Make) -> None:
     assert scene.client.wait(DEADLINE_S) is not None
 
 
+def test_an_actor_without_a_file_descriptor_for_the_server_waits_for_one(make: Make) -> None:
+    exhausted = [True, True, False]
+    there = make()
+    there.server.start()
+
+    def connect() -> Requester:
+        if exhausted.pop(0):
+            raise OSError(errno.EMFILE, "no socket (Too many open files)")
+        return there.server.connect()
+
+    scene = make(hold_s=0.05, connect=connect)
+    scene.thread.start()
+    until(lambda: "Too many open files" in (scene.client.missing() or ""))
+    there.server.next(Pull)
+    there.answer(1)
+    assert scene.client.wait(DEADLINE_S) is not None
+    assert scene.client.trouble is None
+    assert not exhausted
+
+
 def test_a_handshake_that_takes_longer_than_the_servers_patience_is_not_begun_anew(make: Make) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:  # accepts, and has no time to say anything yet
         endpoint = f"tcp://127.0.0.1:{busy.getsockname()[1]}"
@@ -423,7 +512,7 @@ def test_patience_counts_from_when_the_request_has_left(make: Make) -> None:
 
 
 def test_whom_one_silence_met_together_does_not_come_back_together(make: Make) -> None:
-    hold_s = 0.4
+    hold_s = 1.0  # so long that all have asked before the first one loses patience
     first = make(hold_s=hold_s)
     first.server.start()
     crowd = [first, *(make(hold_s=hold_s, connect=first.server.connect) for _ in range(7))]
@@ -438,7 +527,7 @@ def test_whom_one_silence_met_together_does_not_come_back_together(make: Make) -
         first.server.next(Pull)
         came_back_s.append(time.monotonic())
     assert first.server.peer not in first_peers
-    # Eight of an even distribution over 0.4 s: closer together once in 10,000 times.
+    # Eight of an even distribution over a second: closer together once in 10,000 times.
     assert came_back_s[-1] - came_back_s[0] > 0.2 * hold_s
 
 
@@ -453,6 +542,53 @@ def test_a_restarted_server_is_asked_with_the_seat_and_version_that_the_actor_ha
     scene.server.start()
     pull = scene.server.next(Pull)
     assert (pull.have_version, pull.sender) == (5, Client(client_id="actor-3", incarnation=11, seat=4))
+
+
+def test_a_request_that_a_server_took_with_it_is_sent_again_as_soon_as_there_is_one(make: Make) -> None:
+    scene = make(hold_s=10 * DEADLINE_S)  # it has all the time of this test to answer
+    scene.server.start()
+    scene.thread.start()
+    asked = scene.server.next(Pull)
+    scene.server.stop()
+    until(lambda: scene.client.trouble in {"parameter server has gone", "parameter server not reachable"})
+    scene.server.start()
+    assert scene.server.next(Pull) == asked
+    scene.answer(1)
+    until(lambda: scene.newest() == (1, 10) and scene.client.trouble is None)
+
+
+def test_an_answer_that_is_larger_than_allowed_costs_the_socket_and_not_the_client(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # libzmq gives up such a connection for good.
+    monkeypatch.setattr(subscriber_module, "RENEW_S", 0.2)
+    monkeypatch.setattr(subscriber_module, "BACK_OFF_S", 0.05)
+    scene = make(hold_s=10 * DEADLINE_S)
+    scene.server.start()
+    scene.thread.start()
+    asked = scene.server.next(Pull)
+    scene.server.answer_frames([bytes(LIMIT + 1)])
+    assert scene.server.next(Pull) == asked
+    scene.answer(1)
+    until(lambda: scene.newest() == (1, 10))
+
+
+def test_a_socket_that_reaches_nobody_for_long_is_exchanged(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriber_module, "LOST_S", 0.2)
+    there = make()
+    sockets: list[Requester] = []
+
+    def connect() -> Requester:
+        sockets.append(Requester("tcp://127.0.0.1:1", LIMIT) if not sockets else there.server.connect())
+        return sockets[-1]
+
+    there.server.start()
+    scene = make(hold_s=0.05, connect=connect)
+    scene.thread.start()
+    there.server.next(Pull)
+    assert len(sockets) == 2
 
 
 # --- a run that has gone back --------------------------------------------------------------------------
