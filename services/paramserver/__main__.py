@@ -26,6 +26,7 @@ from services.paramserver.membership import Membership, RelayedSeats, Seats
 from services.paramserver.relay import Relay
 from services.paramserver.server import Server
 from services.paramserver.store import EMPTY, Snapshot, SnapshotError, SnapshotWriter, Store
+from services.paramserver.views import Views
 from services.wire.keys import Keys, load_keys
 from services.wire.messages import Client
 from services.wire.security import Doorkeeper
@@ -87,6 +88,7 @@ def _build(
     store = Store(_restored(config) if upstream is None else EMPTY)
     relayed_seats = RelayedSeats(config.paramserver.seat_lease_s)
     membership: Membership = relayed_seats if upstream else Seats(config.paramserver.seat_lease_s)
+    views = _views(config, store.snapshot.generation) if upstream is None else None
     server = Server(
         run_id=config.run_id,
         incarnation=incarnation,
@@ -95,7 +97,7 @@ def _build(
         store=store,
         membership=membership,
         metrics=metrics,
-        takes_publishes=upstream is None,
+        views=views,
     )
     if upstream is None:
         return Loop(server=server, replier=replier, metrics=metrics), store, None
@@ -116,6 +118,14 @@ def _build(
     )
 
 
+def _views(config: RunConfig, generation: int) -> Views:
+    return Views(
+        generation=generation,
+        lease_s=config.paramserver.learner_lease_s,
+        min_learners=config.learner.min_learners,
+    )
+
+
 def _missing(relay: Relay | None) -> str | None:
     return "upstream has not answered yet" if relay is not None and not relay.has_answered else None
 
@@ -133,7 +143,13 @@ def _restored(config: RunConfig) -> Snapshot:
         log.warning("snapshot_refused", path=path, error=error)
         return EMPTY
     if snapshot is not EMPTY:
-        log.info("snapshot_restored", path=path, policy_version=snapshot.version, steps=snapshot.steps)
+        log.info(
+            "snapshot_restored",
+            path=path,
+            policy_version=snapshot.version,
+            steps=snapshot.steps,
+            generation=snapshot.generation,
+        )
     return snapshot
 
 

@@ -18,10 +18,13 @@ from services.paramserver.relay import Relay
 from services.paramserver.server import LOG_INTERVAL_S, Reply, Server
 from services.wire.codec import size_bytes
 from services.wire.messages import Buffer
-from services.wire.sockets import Replier, Requester, wait
+from services.wire.sockets import RENEW_S, Replier, Requester, wait
 
 TURN_S = 0.5
 """The loop turns at least this often, for its heartbeat and to see that it shall stop."""
+
+
+_log = get_logger("relay").limited(LOG_INTERVAL_S)
 
 
 class Upstream:
@@ -31,18 +34,44 @@ class Upstream:
         self.relay = relay
         self.socket = connect()
         self._connect = connect
+        self._breaks = 0
+        """Of the connection when the last request left."""
+        self._stuck_since_s: float | None = None
+        """Since when no request could leave."""
 
     def turn(self, now_s: float) -> list[Reply]:
         """Take what has arrived, send what is due; answers for the relay's own clients."""
         frames = self.socket.receive(0.0)
         replies = [] if frames is None else self.relay.handle(frames, now_s)
-        if self.relay.is_overdue(now_s):
-            self.socket.close()
-            self.socket = self._connect()
+        breaks = self.socket.breaks
+        if self.relay.is_overdue(now_s) or (breaks and self._is_stuck(now_s)):
+            self._connect_anew(now_s)
+            breaks = self.socket.breaks
+        elif breaks != self._breaks and self.relay.is_asking:
+            self.relay.unsent(now_s)  # or lost on the way, which is the same
         for request in self.relay.requests(now_s):
-            if not self.socket.send(request, timeout_s=0.0):
+            if self.socket.send(request, timeout_s=0.0):
+                self._breaks, self._stuck_since_s = breaks, None
+            else:
                 self.relay.unsent(now_s)
+                self._stuck_since_s = now_s if self._stuck_since_s is None else self._stuck_since_s
         return replies
+
+    def _is_stuck(self, now_s: float) -> bool:
+        """Never while a request is open: that one has left, and ``is_overdue`` tells how long it may take."""
+        return self._stuck_since_s is not None and now_s - self._stuck_since_s > RENEW_S
+
+    def _connect_anew(self, now_s: float) -> None:
+        try:
+            fresh = self._connect()
+        except OSError as error:  # no file is left to open, say: ask again over what there is
+            _log.warning("upstream_not_connected", error=error)
+            self.relay.unsent(now_s)
+            self._stuck_since_s = now_s  # nor is a socket asked for at every turn
+            return
+        self.socket.close()
+        self.socket, self._breaks, self._stuck_since_s = fresh, 0, None
+        self.relay.connected(now_s)
 
 
 class Loop:

@@ -21,11 +21,13 @@ from typing import cast
 from prometheus_client import Counter
 
 from services.ops.logging import get_logger
-from services.wire.messages import NO_VERSION, Buffer, RunState
+from services.wire.messages import NO_GENERATION, NO_VERSION, Buffer, Destination, RunState
 
 MAGIC = b"impala parameter server snapshot 1\n"
 DIGEST_BYTES = 32
 LENGTH_BYTES = 4
+LOOK_S = 0.25
+"""How soon a new generation begins its way to disk."""
 
 _log = get_logger("store")
 
@@ -44,13 +46,22 @@ class Snapshot:
     state: RunState
     payload: Buffer | None
     """None without a version; or, when offered to a store, not sent along."""
+    generation: int = NO_GENERATION
+    """The newest group of learners. It outlives a restart, so that no number is given twice."""
+    learners: tuple[Destination, ...] = ()
+    """Who is in it; none are known after a restart."""
+
+    @property
+    def told_generation(self) -> int:
+        """A number without learners is told to nobody, so clients keep those that they know."""
+        return self.generation if self.learners else NO_GENERATION
 
 
 EMPTY = Snapshot(version=NO_VERSION, steps=0, state="waiting", payload=None)
 
 
 class Store:
-    """Holds the newest snapshot. Its version never falls."""
+    """Holds the newest snapshot. Only ``go_back`` lets its version fall, and learners are not forgotten."""
 
     def __init__(self, snapshot: Snapshot = EMPTY) -> None:
         self.snapshot = snapshot
@@ -60,38 +71,55 @@ class Store:
 
         A newer version with its payload replaces everything. Without a payload, or with the version that is
         already held (one version is one payload), only the run's state can be new. An older version has
-        no say: neither its weights nor its state.
+        no say: neither its weights nor its state. Learners are taken whatever the version, if any are named.
         """
         held = self.snapshot
+        new = held
         if offered.version > held.version and offered.payload is not None:
-            self.snapshot = offered
+            new = replace(offered, generation=held.generation, learners=held.learners)
         elif offered.version >= held.version and held.payload is not None and offered.state != held.state:
-            self.snapshot = replace(held, state=offered.state)
-        else:
-            return False
-        return True
+            new = replace(held, state=offered.state)
+        named = (offered.generation, offered.learners)
+        if offered.learners and named != (held.generation, held.learners):
+            new = replace(new, generation=offered.generation, learners=offered.learners)
+        self.snapshot = new
+        return new is not held
+
+    def go_back(self, offered: Snapshot) -> None:
+        """Take the older version in ``offered`` in place of the held one. Who calls this knows that the run
+        itself has gone back. Learners are taken as ever.
+        """
+        assert offered.payload is not None
+        assert offered.version < self.snapshot.version
+        named = offered if offered.learners else self.snapshot
+        self.snapshot = replace(offered, generation=named.generation, learners=named.learners)
 
 
 def write(path: Path, snapshot: Snapshot, run_id: str) -> None:
     """Replace the file at ``path`` by ``snapshot``; OSError leaves the old one as it was."""
-    assert snapshot.payload is not None
     fields = {
         "run_id": run_id,
         "version": snapshot.version,
         "steps": snapshot.steps,
         "state": snapshot.state,
+        "generation": snapshot.generation,
     }
     header = json.dumps(fields).encode()
-    body = [len(header).to_bytes(LENGTH_BYTES, "big"), header, snapshot.payload]
+    payload = b"" if snapshot.payload is None else snapshot.payload
+    body = [len(header).to_bytes(LENGTH_BYTES, "big"), header, payload]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        file.write(MAGIC)
-        file.write(_digest(body))
-        for part in body:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(MAGIC)
+            file.write(_digest(body))
+            for part in body:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink()  # half of it is of use to nobody, and takes what room there is
+            raise
     temporary.replace(path)
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -121,11 +149,13 @@ def read(path: Path, run_id: str, max_payload_bytes: int) -> Snapshot:
     fields = json.loads(bytes(body[LENGTH_BYTES:end]))
     if fields["run_id"] != run_id:
         raise SnapshotError(f"it belongs to run {fields['run_id']!r}; this is run {run_id!r}")
+    version = int(fields["version"])
     return Snapshot(
-        version=int(fields["version"]),
+        version=version,
         steps=int(fields["steps"]),
         state=cast(RunState, fields["state"]),
-        payload=body[end:],
+        payload=None if version == NO_VERSION else body[end:],
+        generation=int(fields.get("generation", NO_GENERATION)),  # older files have none
     )
 
 
@@ -137,7 +167,10 @@ def _digest(parts: list[bytes | Buffer]) -> bytes:
 
 
 class SnapshotWriter:
-    """Brings what is new in the store to disk, at most once per interval and once more at the end."""
+    """Brings what is new in the store to disk: once per interval, and once more at the end.
+
+    A new generation does not wait for the interval: who restarts with an old one might give a number twice.
+    """
 
     def __init__(
         self,
@@ -151,13 +184,22 @@ class SnapshotWriter:
         self._interval_s = interval_s
         self._failures = failures
         self._written = store.snapshot
+        self._tried_generation = store.snapshot.generation
         self._finish = threading.Event()
 
     def run(self) -> None:
         """Until ``finish``; the body of a thread."""
-        while not self._finish.wait(self._interval_s):
-            self.write_if_new()
+        waited_s = 0.0
+        while not self._finish.wait(min(self._interval_s, LOOK_S)):
+            waited_s += min(self._interval_s, LOOK_S)
+            if self.is_due(waited_s):
+                self.write_if_new()
+                waited_s = 0.0
         self.write_if_new()
+
+    def is_due(self, waited_s: float) -> bool:
+        """So long after the last write, or the last try."""
+        return waited_s >= self._interval_s or self._store.snapshot.generation != self._tried_generation
 
     def finish(self) -> None:
         """Let ``run`` write once more and return. The store must not change any more."""
@@ -168,6 +210,7 @@ class SnapshotWriter:
         snapshot = self._store.snapshot
         if snapshot is self._written:
             return
+        self._tried_generation = snapshot.generation  # a full disk is not asked again before the interval
         try:
             self._write(snapshot)
         except OSError as error:

@@ -6,20 +6,26 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry
 
 from services.ops.metrics import ParamserverMetrics
+from services.paramserver.clock import LONGEST_TURN_S
 from services.paramserver.membership import RelayedSeats, Seats
 from services.paramserver.relay import Relay
 from services.paramserver.server import Reply, Server
 from services.paramserver.store import EMPTY, Snapshot, Store
+from services.paramserver.views import Views
 from services.wire.codec import Expected, decode, encode
 from services.wire.messages import (
+    NO_GENERATION,
+    Attend,
     Buffer,
     Client,
     Goodbye,
     Message,
+    Phase,
     Publish,
     Published,
     Pull,
     RunState,
+    View,
     Weights,
 )
 
@@ -28,6 +34,7 @@ T = TypeVar("T", bound=Message)
 RUN = "run"
 HOLD_S = 3.0
 LEASE_S = 30.0
+LEARNER_LEASE_S = 5.0
 LIMIT = 1 << 20
 EXPECTED = Expected(run_id=RUN, max_message_bytes=LIMIT)
 LEARNER = Client(client_id="learner-0", incarnation=1)
@@ -37,9 +44,22 @@ def client(name: str, incarnation: int = 1, seat: int = -1) -> Client:
     return Client(client_id=name, incarnation=incarnation, seat=seat)
 
 
-def pull(who: Client, have_version: int = -1, *, wants_seat: bool = True, request: int = 0) -> Pull:
-    seats_for = (who,) if wants_seat else ()
-    return Pull(run_id=RUN, sender=who, have_version=have_version, seats_for=seats_for, request=request)
+def pull(
+    who: Client,
+    have_version: int = -1,
+    *,
+    wants_seat: bool = True,
+    generation: int = NO_GENERATION,
+    request: int = 0,
+) -> Pull:
+    return Pull(
+        run_id=RUN,
+        sender=who,
+        have_version=have_version,
+        seats_for=(who,) if wants_seat else (),
+        generation=generation,
+        request=request,
+    )
 
 
 def publish(version: int, payload: bytes | None = b"weights", state: RunState = "training") -> Publish:
@@ -50,6 +70,35 @@ def publish(version: int, payload: bytes | None = b"weights", state: RunState = 
         version=version,
         steps=version * 640,
         payload=payload,
+    )
+
+
+def attend(
+    name: str = "learner-0",
+    phase: Phase = "standing",
+    *,
+    incarnation: int = 1,
+    generation: int = NO_GENERATION,
+    version: int = 1,
+    has_trained: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    since: int = NO_GENERATION,
+    config: str = "",
+) -> Attend:
+    return Attend(
+        run_id=RUN,
+        sender=client(name, incarnation),
+        endpoint=f"tcp://{name}:5555",
+        phase=phase,
+        generation=generation,
+        version=version,
+        has_trained=has_trained,
+        store=f"{name}:{incarnation}" if phase == "standing" else "",
+        rank=rank,
+        world_size=world_size,
+        since=since,
+        config=config,
     )
 
 
@@ -87,11 +136,23 @@ class Node:
     def publish(self, message: Publish, peer: bytes = b"learner") -> Published:
         return only(Published, self.ask(peer, message))
 
+    def attend(self, message: Attend) -> View:
+        return only(View, self.ask(message.sender.client_id.encode(), message))
+
     def goodbye(self, peer: bytes, who: Client) -> None:
         assert self.ask(peer, Goodbye(run_id=RUN, sender=who)) == []
 
     def pass_time(self, seconds: float) -> None:
-        """All at once; the server is asked before and at the end."""
+        """Turn by turn of the loop."""
+        end_s = self.now_s + seconds
+        while self.now_s + LONGEST_TURN_S / 2 < end_s:
+            self.now_s += LONGEST_TURN_S / 2
+            self.note(self.server.tick(self.now_s))
+        self.now_s = end_s
+        self.note(self.server.tick(self.now_s))
+
+    def freeze(self, seconds: float) -> None:
+        """The process stops, and its next turn is late."""
         self.now_s += seconds
         self.note(self.server.tick(self.now_s))
 
@@ -117,7 +178,9 @@ def only(kind: type[T], messages: list[Message]) -> T:
     return message
 
 
-def root(snapshot: Snapshot = EMPTY, incarnation: int = 77, num_seats: int = 100) -> Node:
+def root(
+    snapshot: Snapshot = EMPTY, incarnation: int = 77, num_seats: int = 100, min_learners: int = 1
+) -> Node:
     registry = CollectorRegistry()
     store = Store(snapshot)
     server = Server(
@@ -128,28 +191,29 @@ def root(snapshot: Snapshot = EMPTY, incarnation: int = 77, num_seats: int = 100
         store=store,
         membership=Seats(LEASE_S, num_seats),
         metrics=ParamserverMetrics(registry),
+        views=Views(generation=snapshot.generation, lease_s=LEARNER_LEASE_S, min_learners=min_learners),
     )
     return Node(server=server, store=store, registry=registry)
 
 
-def relay(name: str = "relay-0", incarnation: int = 88) -> Node:
+def relay(name: str = "relay-0", incarnation: int = 88, hold_s: float = HOLD_S) -> Node:
     registry = CollectorRegistry()
     store = Store()
     seats = RelayedSeats(LEASE_S)
     server = Server(
         run_id=RUN,
         incarnation=incarnation,
-        hold_s=HOLD_S,
+        hold_s=hold_s,
         max_message_bytes=LIMIT,
         store=store,
         membership=seats,
         metrics=ParamserverMetrics(registry),
-        takes_publishes=False,
+        views=None,
     )
     upstream = Relay(
         client=client(name),
         run_id=RUN,
-        hold_s=HOLD_S,
+        hold_s=hold_s,
         max_message_bytes=LIMIT,
         store=store,
         seats=seats,

@@ -1,15 +1,21 @@
 """Relays, without sockets: seats and weights come from further up, and survive its absence."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 
 from services.paramserver.relay import CONNECT_S, REFUSED_S
+from services.paramserver.store import EMPTY
 from services.wire.codec import decode, encode
-from services.wire.messages import Goodbye, Pull, Refusal, Weights
+from services.wire.messages import NO_VERSION, Destination, Goodbye, Pull, Refusal, Weights
+from services.wire.subscriber import BEHIND_S
 from tests.unit.paramserver.harness import (
     EXPECTED,
     HOLD_S,
     LEASE_S,
     Node,
+    attend,
     client,
     connect,
     cross,
@@ -21,11 +27,18 @@ from tests.unit.paramserver.harness import (
 )
 
 A, B = client("a"), client("b")
+TURN_S = 0.5
 
 
 def pass_time(seconds: float, *nodes: Node) -> None:
     for node in nodes:
         node.pass_time(seconds)
+
+
+def carry(above: Node, relays: Sequence[Node]) -> None:
+    """Between each of ``relays`` and the one before it, the first of which asks ``above``."""
+    for upstream, node in zip([above, *relays], relays, strict=False):
+        connect(node, upstream)
 
 
 def sent_up(node: Node) -> list[Pull | Goodbye]:
@@ -250,6 +263,113 @@ def test_an_upstream_that_lost_its_weights_does_not_take_away_the_relays() -> No
     assert (below.store.snapshot.version, below.store.snapshot.state) == (3, "training")
 
 
+def fall_behind(below: Node) -> None:
+    """It holds 500, upstream 300, and the next request asks for that."""
+    answer(below, pulled(below), 500)
+    answer(below, pulled(below), 300)
+    for seconds in (HOLD_S,) * (int(BEHIND_S / HOLD_S) + 1):
+        request = pulled(below)
+        below.pass_time(seconds)
+        answer(below, request, 300)
+
+
+def test_an_upstream_that_has_held_less_for_long_is_asked_for_what_it_holds_and_that_is_taken() -> None:
+    below = relay()
+    answer(below, pulled(below), 500)
+    answer(below, pulled(below), 300)
+    for seconds in (BEHIND_S / 2, BEHIND_S / 2, 0.5):
+        request = pulled(below)
+        assert request.have_version == 500
+        below.pass_time(seconds)
+        answer(below, request, 302)
+    request = pulled(below)
+    assert request.have_version == NO_VERSION
+    assert below.store.snapshot.version == 500
+    answer(below, request, 303)
+    assert (below.store.snapshot.version, below.store.snapshot.steps) == (303, 303 * 640)
+    assert (below.count("version"), below.count("publishes_total")) == (303, 1)
+    later = pulled(below)
+    assert later.have_version == 303
+    answer(below, later, 304)
+    assert below.store.snapshot.version == 304
+
+
+@pytest.mark.parametrize("version", [NO_VERSION, 500, 501])
+def test_an_upstream_that_held_less_only_now_and_then_is_not_followed_back(version: int) -> None:
+    below = relay()
+    answer(below, pulled(below), 500)
+    for told in (300, version, 300):
+        answer(below, pulled(below), told)
+        request = pulled(below)
+        below.pass_time(BEHIND_S / 2 + 0.5)
+        answer(below, request, told)
+    assert pulled(below).have_version == below.store.snapshot.version == max(version, 500)
+
+
+@pytest.mark.parametrize("how", ["silent", "gone"])
+def test_a_time_without_upstream_is_none_in_which_it_held_less(how: str) -> None:
+    below = relay()
+    assert below.relay is not None
+    answer(below, pulled(below), 500)
+    answer(below, pulled(below), 300)
+    pulled(below)
+    if how == "gone":
+        below.relay.unsent(below.now_s)
+    below.pass_time(BEHIND_S + 0.5)
+    answer(below, pulled(below), 300)
+    assert pulled(below).have_version == below.store.snapshot.version == 500
+
+
+def test_an_upstream_that_has_caught_up_when_it_is_asked_is_followed_as_ever() -> None:
+    below = relay()
+    fall_behind(below)
+    answer(below, pulled(below), 501)
+    assert below.store.snapshot.version == 501
+    assert pulled(below).have_version == 501
+
+
+def test_a_relay_that_goes_back_tells_all_at_once_whose_requests_it_holds() -> None:
+    below = relay()
+    fall_behind(below)
+    for name in (b"A", b"B"):
+        assert below.pull(name, pull(client(name.decode()), 500, wants_seat=False)) is None
+    answer(below, pulled(below), 300)
+    for name in (b"A", b"B"):
+        told = only(Weights, below.take(name))
+        assert (told.version, told.payload) == (300, None)
+    assert below.pull(b"A", pull(A, 500, wants_seat=False)) is None, "once"
+    given = below.pull(b"B", pull(B, wants_seat=False))
+    assert given is not None
+    assert (given.version, given.payload) == (300, b"weights")
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_relays_below_each_other_and_their_clients_go_back_with_the_run(depth: int) -> None:
+    above, relays = root(), [relay(f"relay-{number}") for number in range(depth)]
+    above.attend(attend("learner-0", version=0))
+    above.publish(publish(500, b"lost"))
+    carry(above, relays)
+    assert [each.store.snapshot.payload for each in relays] == [b"lost"] * depth
+    restarted = root(incarnation=78)
+    restarted.attend(attend("learner-1", version=0))
+    restarted.publish(replace(publish(300, b"saved"), sender=client("learner-1")))
+    relays[0].pass_time(2 * HOLD_S)  # what was asked of the former one is lost
+    for _ in range(depth * int((BEHIND_S + 2 * HOLD_S) / TURN_S)):
+        pass_time(TURN_S, restarted, *relays)
+        carry(restarted, relays)
+    assert restarted.store.snapshot.learners == (Destination(endpoint="tcp://learner-1:5555", since=1),)
+    assert [each.store.snapshot for each in relays] == [restarted.store.snapshot] * depth
+    restarted.publish(replace(publish(301, b"new"), sender=client("learner-1")))
+    carry(restarted, relays)
+    weights = relays[-1].pull(b"A", pull(A))
+    assert weights is not None
+    assert (weights.version, weights.payload, weights.learners) == (
+        301,
+        b"new",
+        restarted.store.snapshot.learners,
+    )
+
+
 def test_an_unanswered_request_is_sent_again_after_twice_the_hold() -> None:
     below = relay()
     first = pulled(below)
@@ -315,8 +435,63 @@ def test_a_publish_to_a_relay_is_refused_with_the_reason() -> None:
     assert below.store.snapshot.version == -1
 
 
+def test_learners_do_not_attend_at_a_relay_and_are_told_where() -> None:
+    below = relay()
+    refusal = only(Refusal, below.ask(b"L", attend()))
+    assert (refusal.reason, refusal.text) == ("relay", "attend at the parameter server, not at a relay")
+    assert below.count("refused_requests_total", reason="relay") == 1
+    assert below.count("learners") == 0
+
+
+def test_where_rollouts_go_reaches_a_relays_clients_the_moment_it_changes() -> None:
+    above, below = root(), relay()
+    above.attend(attend("learner-0", version=0))
+    below.pull(b"A", pull(A))
+    connect(below, above)
+    assert only(Weights, below.take(b"A")).learners == (
+        Destination(endpoint="tcp://learner-0:5555", since=1),
+    )
+    assert below.pull(b"A", pull(client("a", seat=0), generation=1)) is None
+    above.attend(attend("learner-1", version=0))
+    above.attend(attend("learner-0", version=0, generation=1))
+    assert connect(below, above) == 1
+    news = only(Weights, below.take(b"A"))
+    assert (news.generation, [learner.since for learner in news.learners], news.seats) == (2, [1, 2], (0,))
+
+
+def test_a_restarted_upstream_that_does_not_know_the_learners_yet_takes_none_from_the_relays_clients() -> (
+    None
+):
+    above, below = root(), relay()
+    above.attend(attend("learner-0", version=0))
+    above.publish(publish(3))
+    connect(below, above)
+    below.pass_time(2 * HOLD_S)
+    restarted = root(replace(above.store.snapshot, learners=()), incarnation=78)
+    connect(below, restarted)
+    restarted.pass_time(HOLD_S)
+    connect(below, restarted)
+    weights = below.pull(b"A", pull(A))
+    assert weights is not None
+    assert (weights.generation, len(weights.learners)) == (1, 1)
+
+
+def test_an_upstream_that_counts_anew_is_followed_and_not_asked_without_end() -> None:
+    above, below = root(replace(EMPTY, generation=7)), relay()
+    for _ in range(2):
+        above.attend(attend("learner-0", "training", generation=7, since=7))
+    connect(below, above)
+    below.pass_time(2 * HOLD_S)
+    restarted = root(incarnation=78)
+    restarted.attend(attend("learner-0", version=0, incarnation=2))
+    assert connect(below, restarted) == 2
+    assert below.store.snapshot.generation == 1
+    assert below.store.snapshot.learners == (Destination(endpoint="tcp://learner-0:5555", since=1),)
+
+
 def test_a_relay_of_a_relay_works() -> None:
     above, middle, below = root(), relay("middle"), relay("below")
+    above.attend(attend("learner-0", version=0))
     above.pull(b"other", pull(client("other")))
     assert below.pull(b"A", pull(A)) is None
     for _ in range(2):
@@ -324,12 +499,13 @@ def test_a_relay_of_a_relay_works() -> None:
         connect(middle, above)
         connect(below, middle)
     assert only(Weights, below.take(b"A")).seats == (1,)
-    below.pull(b"A", pull(client("a", seat=1)))
+    assert below.pull(b"A", pull(client("a", seat=1), generation=1)) is None
     above.publish(publish(1, b"one"))
     connect(middle, above)
     connect(below, middle)
     weights = only(Weights, below.take(b"A"))
     assert (weights.payload, weights.seats, weights.steps) == (b"one", (1,), 640)
+    assert (weights.generation, weights.learners) == (1, above.store.snapshot.learners)
     below.goodbye(b"A", client("a", seat=1))
     connect(below, middle)
     connect(middle, above)

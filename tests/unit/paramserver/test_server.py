@@ -1,5 +1,6 @@
 """The rules of the parameter server, without sockets: who is answered when, and with what."""
 
+import logging
 import math
 from dataclasses import replace
 
@@ -7,27 +8,33 @@ import msgpack
 import numpy as np
 import pytest
 
+from services.paramserver.clock import LONGEST_TURN_S
 from services.paramserver.server import MAX_REFUSED_PEERS, REFUSAL_INTERVAL_S
 from services.paramserver.store import Snapshot
+from services.paramserver.views import QUIET_S
+from services.paramserver.window import LEAST_SLOTS, WINDOW_BYTES
 from services.wire.codec import REASONS, decode, encode
 from services.wire.messages import (
+    NO_GENERATION,
     PROTOCOL_VERSION,
     Client,
     Goodbye,
     Message,
     PackedArray,
-    Published,
     Pull,
     Refusal,
     Rollout,
+    View,
     Weights,
 )
 from tests.unit.paramserver.harness import (
     EXPECTED,
     HOLD_S,
+    LEARNER_LEASE_S,
     LEASE_S,
     LIMIT,
     Node,
+    attend,
     client,
     only,
     publish,
@@ -205,6 +212,27 @@ def test_a_silent_actors_seat_goes_to_the_next_newcomer(node: Node) -> None:
     assert answer.seats == (0,)
 
 
+def test_the_time_in_which_the_server_was_frozen_ends_no_seat(node: Node) -> None:
+    node.pass_time(LEASE_S - 2 * LONGEST_TURN_S)
+    node.freeze(40.0)
+    newcomer = node.pull(b"B", pull(B, 5))  # it asked meanwhile, and is heard before the holder
+    assert newcomer is not None
+    assert newcomer.seats == (1,)
+    assert node.pull(b"A", pull(SEATED_A, 5)) is None, "nothing is new for it"
+    node.pass_time(HOLD_S)
+    assert only(Weights, node.take(b"A")).seats == (0,)
+
+
+def test_a_seat_that_nobody_renews_ends_after_a_freeze_when_it_is_said_to(node: Node) -> None:
+    node.freeze(40.0)
+    left_s = node.server.next_deadline_s() - node.now_s
+    assert left_s == LEASE_S - LONGEST_TURN_S
+    node.pass_time(left_s - 0.25)
+    assert node.count("seats") == 1
+    node.pass_time(0.25)
+    assert node.count("seats") == 0
+
+
 def test_a_request_names_many_clients_and_each_gets_its_seat() -> None:
     clients = tuple(client(f"a{i}") for i in range(50))
     answer = root().pull(b"R", replace(pull(client("relay")), seats_for=clients))
@@ -261,6 +289,244 @@ def test_the_same_version_twice_is_published_once(node: Node) -> None:
     assert node.take(b"A") == []
 
 
+def test_the_log_names_the_learner_that_publishes_and_no_former_one_that_lags_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "impala.server")
+    node = root(V5)
+    node.publish(replace(publish(3), sender=client("learner-0")))
+    assert caplog.messages == ["request_refused"]
+    for version in (6, 7):
+        node.publish(replace(publish(version), sender=client("learner-1")))
+        node.publish(replace(publish(version, payload=None), sender=client("learner-1")))
+    assert caplog.messages == ["request_refused", "publisher"]
+
+
+@pytest.mark.parametrize("sender", [client("learner-1"), client("learner-0", 2), client("learner-9")])
+@pytest.mark.parametrize("payload", [b"of another", None])
+def test_while_there_is_a_group_only_its_first_member_publishes(
+    node: Node, sender: Client, payload: bytes | None
+) -> None:
+    node.attend(attend("learner-0"))
+    node.attend(attend("learner-1"))
+    assert node.publish(replace(publish(6), sender=sender)).version == 6  # while they gather
+    node.attend(attend("learner-0", generation=1))
+    assert node.publish(replace(publish(9, payload, state="complete"), sender=sender)).version == 6
+    assert (node.store.snapshot.version, node.store.snapshot.state) == (6, "training")
+    assert node.count("refused_requests_total", reason="not_leader") == 1
+    assert node.publish(publish(7)).version == 7
+    assert node.count("refused_requests_total", reason="stale") == 0
+
+
+def test_a_former_first_member_that_was_cut_off_does_not_publish_over_the_others(node: Node) -> None:
+    node.attend(attend("learner-0"))
+    node.publish(publish(6))
+    node.pass_time(LONGEST_TURN_S)
+    for _ in range(10):
+        node.attend(attend("learner-1", generation=1))
+        node.pass_time(LONGEST_TURN_S)
+    assert [member.client_id for member in node.attend(attend("learner-1")).members] == ["learner-1"]
+    assert node.publish(publish(600)).version == 6
+    assert node.publish(replace(publish(7), sender=client("learner-1"))).version == 7
+
+
+@pytest.mark.parametrize("payload", [b"weights", None])
+def test_what_is_complete_is_taken_back_by_a_newer_version_or_by_the_first_member_alone(
+    node: Node, payload: bytes | None
+) -> None:
+    node.publish(publish(5, payload, state="complete"))
+    node.publish(publish(5, payload))
+    states = [node.store.snapshot.state]
+    node.attend(attend("learner-0"))
+    node.publish(publish(5, payload))  # it was given more steps
+    states.append(node.store.snapshot.state)
+    assert states == ["complete", "training"]
+
+
+def test_a_newer_version_than_the_complete_one_is_trained(node: Node) -> None:
+    node.publish(publish(5, None, state="complete"))
+    node.publish(publish(6))
+    assert (node.store.snapshot.version, node.store.snapshot.state) == (6, "training")
+
+
+# --- attend -----------------------------------------------------------------------------------------------
+
+
+def learners_of(weights: Weights) -> tuple[int, list[tuple[str, int]]]:
+    return weights.generation, [(learner.endpoint, learner.since) for learner in weights.learners]
+
+
+L0, L1 = "tcp://learner-0:5555", "tcp://learner-1:5555"
+
+
+def test_a_learner_with_another_configuration_is_refused_and_told_why_and_counted(node: Node) -> None:
+    node.attend(attend("learner-0"))
+    refusal = only(Refusal, node.ask(b"learner-1", attend("learner-1", config="other")))
+    assert refusal.reason == "config"
+    assert "configuration is not the one that the others train with" in refusal.text
+    assert node.count("refused_requests_total", reason="config") == 1
+    assert node.count("learners") == 1
+    assert node.attend(attend("learner-0")).generation == 1
+    assert node.attend(attend("learner-1")).members == ()
+
+
+def test_a_learner_is_told_the_view_at_once_with_what_the_server_holds_and_how_many_actors_there_are(
+    node: Node,
+) -> None:
+    view = node.attend(attend("learner-0", version=4))
+    (member,) = view.members
+    assert view == View(
+        run_id="run",
+        server_incarnation=77,
+        generation=1,
+        members=(member,),
+        holder=0,
+        version=5,
+        num_seats=1,
+    )
+    assert (member.client_id, member.endpoint, member.since) == ("learner-0", L0, 1)
+    assert root().attend(attend()).version == -1
+
+
+def test_learners_that_attend_are_counted(node: Node) -> None:
+    assert node.count("learners") == 0
+    node.attend(attend("learner-0"))
+    node.attend(attend("learner-1"))
+    assert node.count("learners") == 2
+    for _ in range(int(LEARNER_LEASE_S / LONGEST_TURN_S)):
+        node.pass_time(LONGEST_TURN_S)
+    assert node.count("learners") == 0
+
+
+def test_a_pull_is_told_where_rollouts_go(node: Node) -> None:
+    node.attend(attend("learner-0"))
+    answer = node.pull(b"A", pull(SEATED_A, 4))
+    assert answer is not None
+    assert learners_of(answer) == (1, [(L0, 1)])
+
+
+def test_before_there_are_learners_nothing_is_said_of_them_and_that_is_no_news(node: Node) -> None:
+    answer = node.pull(b"A", pull(SEATED_A, 4))
+    assert answer is not None
+    assert learners_of(answer) == (NO_GENERATION, [])
+    assert node.pull(b"A", pull(SEATED_A, 5, generation=3)) is None
+
+
+def test_a_pull_of_another_generation_is_answered_at_once_and_one_of_this_is_held(node: Node) -> None:
+    node.attend(attend("learner-0"))
+    for other in (NO_GENERATION, 2):
+        answer = node.pull(b"A", pull(SEATED_A, 5, generation=other))
+        assert answer is not None
+        assert (answer.payload, learners_of(answer)) == (None, (1, [(L0, 1)]))
+    assert node.pull(b"A", pull(SEATED_A, 5, generation=1)) is None
+
+
+def test_a_new_group_answers_held_requests_with_the_learners_and_without_payload(node: Node) -> None:
+    node.attend(attend("learner-0"))
+    assert node.pull(b"A", pull(SEATED_A, 5, generation=1)) is None
+    node.attend(attend("learner-1"))
+    assert node.take(b"A") == []  # while they gather, the old ones are the ones to send to
+    late = node.pull(b"B", pull(B, 5, generation=NO_GENERATION))
+    assert late is not None
+    assert learners_of(late) == (1, [(L0, 1)])
+    node.attend(attend("learner-0", generation=1))
+    answer = only(Weights, node.take(b"A"))
+    assert (answer.payload, learners_of(answer)) == (None, (2, [(L0, 1), (L1, 2)]))
+
+
+def test_the_learner_is_answered_before_all_who_are_to_send_it_their_rollouts(node: Node) -> None:
+    node.pull(b"A", pull(SEATED_A, 5))
+    node.replies.clear()
+    node.attend(attend("learner-0"))
+    assert [reply.peer for reply in node.replies] == [b"learner-0", b"A"]
+
+
+def test_a_group_that_comes_about_by_the_clock_answers_held_requests_too(node: Node) -> None:
+    node.attend(attend("learner-0"))
+    node.attend(attend("learner-1"))
+    node.pull(b"A", pull(SEATED_A, 5, generation=1))
+    while not node.sent.get(b"A"):  # learner-0 has been killed
+        assert node.now_s < 100.0 + QUIET_S
+        node.now_s = min(node.now_s + LONGEST_TURN_S, node.server.next_deadline_s())
+        node.attend(attend("learner-1"))
+        node.pass_time(0.0)
+    assert node.now_s == 100.0 + QUIET_S
+    assert learners_of(only(Weights, node.take(b"A"))) == (2, [(L1, 2)])
+
+
+def test_learners_and_weights_that_are_news_come_in_one_answer(node: Node) -> None:
+    node.attend(attend("learner-0"))
+    answer = node.pull(b"A", pull(SEATED_A, 4))
+    assert answer is not None
+    assert (answer.payload, answer.generation) == (b"five", 1)
+    assert node.pull(b"A", pull(SEATED_A, 5, generation=1)) is None
+
+
+def test_a_restarted_server_takes_over_the_view_and_meanwhile_takes_no_learner_away() -> None:
+    node = root(replace(V5, generation=7), incarnation=78)
+    first = node.attend(attend("learner-1", "training", generation=7, rank=1, world_size=2, since=4))
+    assert (first.generation, first.members) == (NO_GENERATION, ())
+    assert node.pull(b"A", pull(SEATED_A, 5, generation=7)) is None
+    newcomer = node.pull(b"B", pull(B))
+    assert newcomer is not None
+    assert (newcomer.payload, learners_of(newcomer)) == (b"five", (NO_GENERATION, []))
+    assert node.pull(b"B", pull(client("b", seat=1), 5)) is None
+    view = node.attend(attend("learner-0", "training", generation=7, rank=0, world_size=2, since=2))
+    assert (view.generation, [m.client_id for m in view.members]) == (7, ["learner-0", "learner-1"])
+    assert node.take(b"A") == []  # it knows them
+    assert learners_of(only(Weights, node.take(b"B"))) == (7, [(L0, 2), (L1, 4)])
+    assert node.store.snapshot.generation == 7
+
+
+def test_the_newest_generation_is_in_the_store_for_the_next_life_of_the_server(node: Node) -> None:
+    assert node.store.snapshot.generation == NO_GENERATION
+    node.attend(attend("learner-0"))
+    node.publish(publish(6))
+    assert (node.store.snapshot.version, node.store.snapshot.generation) == (6, 1)
+    node.attend(attend("learner-0", generation=1))
+    assert node.store.snapshot.generation == 2
+
+
+@pytest.mark.parametrize("role", ["actor", "evaluator", "paramserver", ""])
+def test_who_has_proved_another_role_than_a_learners_does_not_attend(node: Node, role: str) -> None:
+    (reply,) = node.server.handle(b"X", encode(attend()), node.now_s, role)
+    refusal = decode(reply.frames, EXPECTED)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.text) == (
+        "role",
+        f"only a learner may attend, and this is the key of role {role}",
+    )
+    assert node.count("learners") == 0
+
+
+@pytest.mark.parametrize("role", ["learner", None])
+def test_a_learner_attends_and_so_does_anybody_where_there_are_no_keys(node: Node, role: str | None) -> None:
+    (reply,) = node.server.handle(b"X", encode(attend()), node.now_s, role)
+    assert isinstance(decode(reply.frames, EXPECTED), View)
+    assert node.count("learners") == 1
+
+
+def waits_for_its_turn(node: Node, who: Client) -> bool:
+    """Whether ``who`` gets no weights while as many as there is room for are on their way to others."""
+    node.store.offer(replace(V5, version=6, payload=bytes(WINDOW_BYTES)))
+    for number in range(LEAST_SLOTS):
+        answer = node.server.handle(bytes([number]), encode(pull(client(f"c{number}"))), node.now_s)
+        assert answer[0].result == "full"
+    replies = node.server.handle(b"W", encode(pull(who, 5, wants_seat=False)), node.now_s)
+    return [reply.result for reply in replies] != ["full"]
+
+
+def test_a_learner_that_attends_gets_weights_out_of_turn(node: Node) -> None:
+    node.attend(attend("learner-1", incarnation=3))
+    assert not waits_for_its_turn(node, client("learner-1", incarnation=3))
+
+
+@pytest.mark.parametrize("who", [client("learner-1", incarnation=2), client("learner-2", incarnation=3)])
+def test_who_does_not_attend_waits_for_its_turn(node: Node, who: Client) -> None:
+    node.attend(attend("learner-1", incarnation=3))
+    assert waits_for_its_turn(node, who)
+
+
 # --- goodbye ----------------------------------------------------------------------------------------------
 
 
@@ -295,6 +561,9 @@ def test_the_next_deadline_is_the_nearest_of_holds_and_leases() -> None:
     node.now_s += 1.0
     node.pull(b"B", pull(client("eval"), 5, wants_seat=False))
     assert node.server.next_deadline_s() == node.now_s - 1.0 + HOLD_S
+    node.attend(attend("learner-0"))
+    node.attend(attend("learner-1"))
+    assert node.server.next_deadline_s() == node.now_s + QUIET_S
 
 
 def test_immediate_and_released_answers_are_timed_but_the_end_of_a_hold_is_not(node: Node) -> None:
@@ -369,8 +638,8 @@ def test_every_role_may_ask_for_weights(node: Node, role: str) -> None:
 
 
 def num_seats_of(node: Node) -> int:
-    """As the learner is told."""
-    return only(Published, node.ask(b"L", publish(5, payload=None))).num_seats
+    """As learners are told."""
+    return node.attend(attend()).num_seats
 
 
 def asks_for(sender: Client, *others: Client) -> Pull:
@@ -472,7 +741,8 @@ def test_garbage_from_a_peer_leaves_its_held_request_alone(node: Node) -> None:
 def test_nothing_that_arrives_raises_or_stops_the_answers(node: Node) -> None:
     rng = np.random.default_rng(7)
     valid = [
-        encode(m) for m in (pull(A, 5), publish(4), publish(5, None), replace(pull(A), seats_for=(A, B) * 9))
+        encode(m)
+        for m in (pull(A, 5), publish(4), publish(5, None), attend(), replace(pull(A), seats_for=(A, B) * 9))
     ]
     for step in range(20_000):
         frames = [bytearray(frame) for frame in valid[step % len(valid)]]

@@ -1,5 +1,6 @@
 """The newest snapshot wins, and its copy on disk is whole or refused."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -20,8 +21,14 @@ from services.paramserver.store import (
     read,
     write,
 )
+from services.wire.messages import NO_GENERATION, Destination
+from tests.unit.learner.disk import full_disk
 
 LIMIT = 1 << 20
+LEARNERS = (
+    Destination(endpoint="tcp://10.0.0.7:5555", since=2),
+    Destination(endpoint="tcp://10.0.0.8:5555", since=3),
+)
 SNAPSHOT = Snapshot(version=7, steps=4480, state="training", payload=b"weights" * 100)
 
 
@@ -39,7 +46,7 @@ def test_a_newer_version_replaces_everything() -> None:
     store = Store(SNAPSHOT)
     newer = Snapshot(version=8, steps=5120, state="complete", payload=b"new")
     assert store.offer(newer)
-    assert store.snapshot is newer
+    assert store.snapshot == newer
 
 
 def test_the_first_version_may_be_zero() -> None:
@@ -78,6 +85,78 @@ def test_an_announcement_to_an_empty_store_changes_nothing() -> None:
     store = Store()
     assert not store.offer(Snapshot(version=9, steps=9999, state="training", payload=None))
     assert store.snapshot is EMPTY
+
+
+def test_learners_are_taken_whatever_the_version_and_stay_when_others_come_without() -> None:
+    store = Store(SNAPSHOT)
+    assert store.offer(replace(EMPTY, generation=3, learners=LEARNERS))
+    assert store.snapshot == replace(SNAPSHOT, generation=3, learners=LEARNERS)
+    assert store.offer(replace(SNAPSHOT, version=8))
+    assert store.snapshot == replace(SNAPSHOT, version=8, generation=3, learners=LEARNERS)
+    assert store.offer(replace(SNAPSHOT, version=8, payload=None, state="complete"))
+    assert (store.snapshot.generation, store.snapshot.learners) == (3, LEARNERS)
+
+
+def test_an_older_version_that_is_gone_back_to_replaces_the_held_one() -> None:
+    store = Store(replace(SNAPSHOT, generation=3, learners=LEARNERS))
+    older = Snapshot(version=5, steps=3200, state="waiting", payload=b"older")
+    store.go_back(older)
+    assert store.snapshot == replace(older, generation=3, learners=LEARNERS)
+    store.go_back(replace(older, version=4, generation=1, learners=LEARNERS[:1]))
+    assert store.snapshot == replace(older, version=4, generation=1, learners=LEARNERS[:1])
+    assert store.offer(replace(older, version=5))
+
+
+def test_the_same_learners_again_are_nothing_new() -> None:
+    store = Store()
+    assert store.offer(replace(EMPTY, generation=3, learners=LEARNERS))
+    assert not store.offer(replace(EMPTY, generation=3, learners=LEARNERS))
+
+
+def test_learners_come_with_weights_in_one_piece() -> None:
+    store = Store(replace(SNAPSHOT, generation=3, learners=LEARNERS))
+    newer = replace(SNAPSHOT, version=8, generation=4, learners=LEARNERS[:1])
+    assert store.offer(newer)
+    assert store.snapshot == newer
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+def test_other_learners_are_taken_even_if_their_number_is_not_a_newer_one(generation: int) -> None:
+    """Upstream has lost its notes and counts anew."""
+    store = Store(replace(SNAPSHOT, generation=3, learners=LEARNERS))
+    assert store.offer(replace(EMPTY, generation=generation, learners=LEARNERS[:1]))
+    assert (store.snapshot.generation, store.snapshot.learners) == (generation, LEARNERS[:1])
+
+
+@pytest.mark.parametrize("generation", [NO_GENERATION, 9])
+def test_who_names_no_learners_takes_none_away(generation: int) -> None:
+    store = Store(replace(SNAPSHOT, generation=3, learners=LEARNERS))
+    assert not store.offer(replace(EMPTY, generation=generation))
+    assert store.snapshot.learners == LEARNERS
+
+
+def test_a_generation_is_told_together_with_its_learners_only() -> None:
+    assert replace(SNAPSHOT, generation=3, learners=LEARNERS).told_generation == 3
+    assert replace(SNAPSHOT, generation=3).told_generation == NO_GENERATION
+
+
+def test_the_generation_is_written_and_the_learners_are_not(path: Path) -> None:
+    """They may be gone when the file is read, and others may listen where they did."""
+    write(path, replace(SNAPSHOT, generation=7, learners=LEARNERS), "run")
+    assert read(path, "run", LIMIT) == replace(SNAPSHOT, generation=7)
+
+
+def test_a_generation_is_kept_before_there_are_weights(path: Path) -> None:
+    write(path, replace(EMPTY, generation=1, learners=LEARNERS), "run")
+    assert read(path, "run", LIMIT) == replace(EMPTY, generation=1)
+
+
+def test_a_file_of_an_older_server_holds_no_generation_and_is_read_all_the_same(path: Path) -> None:
+    header = b'{"run_id": "run", "version": 7, "steps": 4480, "state": "training"}'
+    body = len(header).to_bytes(4, "big") + header + b"weights" * 100
+    path.parent.mkdir()
+    path.write_bytes(MAGIC + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() + body)
+    assert read(path, "run", LIMIT) == SNAPSHOT
 
 
 def test_what_is_written_is_read_back(path: Path) -> None:
@@ -169,6 +248,16 @@ def test_a_failed_write_leaves_the_old_snapshot(path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         write(path, replace(SNAPSHOT, version=8), "run")
     assert read(path, "run", LIMIT) == SNAPSHOT
+
+
+def test_a_full_disk_leaves_the_old_snapshot_and_nothing_else(path: Path) -> None:
+    write(path, SNAPSHOT, "run")
+    with full_disk(4096), pytest.raises(OSError, match="large"):
+        write(path, replace(SNAPSHOT, version=8, payload=bytes(100_000)), "run")
+    assert [*path.parent.iterdir()] == [path]
+    assert read(path, "run", LIMIT) == SNAPSHOT
+    write(path, replace(SNAPSHOT, version=8, payload=bytes(100_000)), "run")
+    assert read(path, "run", LIMIT).version == 8
 
 
 def test_what_a_killed_writer_left_behind_is_overwritten(path: Path) -> None:
@@ -266,6 +355,34 @@ def test_the_writers_thread_writes_by_itself_and_ends_when_asked(build: Build, d
     thread.join(10)
     assert not thread.is_alive()
     assert disk.written == [7]
+
+
+def test_a_new_generation_does_not_wait_for_the_interval(build: Build, disk: FakeDisk) -> None:
+    store = Store(SNAPSHOT)
+    writer = build(store, 1e6)
+    thread = threading.Thread(target=writer.run)
+    thread.start()
+    store.offer(replace(EMPTY, generation=3, learners=LEARNERS))
+    assert disk.entered.wait(10)
+    writer.finish()
+    thread.join(10)
+    assert disk.written == [7]
+
+
+def test_a_generation_that_could_not_be_written_waits_for_the_interval_like_everything_else(
+    build: Build, disk: FakeDisk
+) -> None:
+    store = Store(SNAPSHOT)
+    writer = build(store, 10.0)
+    store.offer(replace(SNAPSHOT, version=8))
+    assert not writer.is_due(9.9)
+    assert writer.is_due(10.0)
+    store.offer(replace(EMPTY, generation=3, learners=LEARNERS))
+    assert writer.is_due(0.25)
+    disk.error = OSError(28, "No space left on device")
+    writer.write_if_new()
+    assert not writer.is_due(0.25)
+    assert writer.is_due(10.0)
 
 
 def test_the_last_snapshot_is_written_at_the_end_however_long_the_interval(

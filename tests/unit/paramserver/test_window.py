@@ -8,11 +8,12 @@ from services.paramserver import window
 from services.paramserver.store import Snapshot
 from services.paramserver.window import LEAST_SLOTS, UNDER_WAY_S, Window
 from services.wire.codec import encode
-from services.wire.messages import Weights
+from services.wire.messages import NO_GENERATION, Weights
 from tests.unit.paramserver.harness import (
     HOLD_S,
     LEARNER,
     Node,
+    attend,
     client,
     connect,
     only,
@@ -39,11 +40,14 @@ class Crowd:
         self.node = node
         self.have = {b"%03d" % number: version for number in range(size)}
         self.copies = dict.fromkeys(self.have, 0)
+        self.generation = NO_GENERATION
 
     def ask(self, *peers: bytes) -> None:
         """These do."""
         for peer in peers:
-            message = pull(client(peer.decode()), self.have[peer], wants_seat=False)
+            message = pull(
+                client(peer.decode()), self.have[peer], wants_seat=False, generation=self.generation
+            )
             self.node.receive(peer, encode(message))
 
     def hear(self) -> list[bytes]:
@@ -53,6 +57,7 @@ class Crowd:
         for peer in self.have:
             for answer in self.node.take(peer):
                 assert isinstance(answer, Weights)
+                self.generation = answer.generation
                 if answer.payload is not None:
                     assert answer.version > self.have[peer]
                     self.have[peer] = answer.version
@@ -196,10 +201,12 @@ def test_a_newcomers_seat_does_not_wait_for_its_weights(node: Node, crowd: Crowd
     assert only(Weights, node.take(b"actor")).payload == large(1)
 
 
-def test_a_learner_that_comes_back_does_not_wait_for_its_weights(node: Node, crowd: Crowd) -> None:
-    node.publish(publish(7, large(7)))
+def test_a_learner_does_not_wait_for_its_weights(node: Node, crowd: Crowd) -> None:
+    node.attend(attend(LEARNER.client_id))
     crowd.hear()
-    assert node.publish(publish(0, None), b"new life").version == 7
+    crowd.ask(*crowd.have)
+    node.publish(publish(7, large(7)))
+    assert crowd.hear() == peers(0, 1, 2, 3, 4)
     answer = node.pull(b"new life", pull(LEARNER, 0, wants_seat=False))
     assert answer is not None
     assert answer.payload == large(7)
