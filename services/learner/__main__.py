@@ -24,8 +24,11 @@ if TYPE_CHECKING:  # torch only after the threads are limited
     import torch
     from torch import nn
 
+    from services.learner.attendance import Attendance
     from services.learner.checkpoint import Checkpoint
     from services.learner.episodes import Episodes
+    from services.learner.group import Group
+    from services.learner.publisher import Publisher
     from services.learner.replay import Replay
     from services.learner.trainer import Trainer
     from services.wire import codec
@@ -33,12 +36,25 @@ if TYPE_CHECKING:  # torch only after the threads are limited
 
 STOP_S = 4.0
 """For each thread; the batcher's may need ``replay_log.CLOSE_S`` of it."""
-FIND_NEWER_S = 3.0
+CATCH_UP_S = 10.0
+"""To fetch the weights that the parameter server has, where they are newer than all learners'."""
+
+NAME_RETRY_S = 2.0
+
+
+class MismatchError(ValueError):
+    """The parameter server holds weights that do not fit this configuration."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 stopped, 1 failed, 2 the configuration is wrong, 3 the training diverged."""
-    return pod.main("learner", argv, run)
+    exit_code = pod.main("learner", argv, run)
+    group = sys.modules.get("services.learner.group")  # which loads torch, and may not have been needed
+    if group is not None and group.is_any_left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
 
 
 def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
@@ -48,10 +64,14 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
 
     import torch
 
+    from services.learner.addresses import rollout_endpoint
+    from services.learner.attendance import Attendance
     from services.learner.batch import Batcher, message_bytes, rollout_schema
     from services.learner.checkpoint import CheckpointStore
     from services.learner.episodes import Episodes
-    from services.learner.group import Group
+    from services.learner.fingerprint import fingerprint
+    from services.learner.gathering import Gathering
+    from services.learner.group import Store
     from services.learner.intake import Freshness, Intake, RolloutQueue
     from services.learner.loop import LearnerLoop
     from services.learner.publisher import Publisher, WeightsCopier
@@ -63,7 +83,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     from services.rl.tasks import tasks_of, tasks_spec
     from services.wire import codec
     from services.wire.keys import load_keys
-    from services.wire.messages import Client, RunState
+    from services.wire.messages import Client
     from services.wire.security import Doorkeeper
     from services.wire.sockets import Requester, RolloutReceiver
 
@@ -80,7 +100,10 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         torch.cuda.set_device(device)  # streams and events mean the current device
     network = make_network(spec, config.network, len(tasks), config.popart)
     refuse_impossible_sizes(config, schema, network)
-    group = Group()
+    host = await_host(config, lifecycle)
+    if host is None:
+        return lifecycle.exit_code
+    Store(host)  # refused now if this machine is not called so
     trainer = Trainer(
         network=network,
         actions=actions,
@@ -88,38 +111,29 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         frame_stack=spec.frame_stack,
         device=device,
         dtype=precision.resolve(config.learner.precision, device),
-        group=group,
     )
 
     registry = CollectorRegistry()
     metrics = LearnerMetrics(registry)
-    metrics.world_size.set(group.world_size)
-    metrics.generation.set(group.generation)
-    metrics.world_size_configured.set(len(config.wire.learner_endpoints))
     metrics.queue_capacity.set(config.queue_capacity)
     metrics.checkpoint_interval_seconds.set(config.checkpoint.interval_s)
     metrics.total_steps.set(config.total_steps)
     heartbeat = Heartbeat()
     episodes = Episodes([task.env.id for task in tasks])
 
-    checkpoints = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, metrics)
+    checkpoints = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep, metrics, learner_id)
     restored = checkpoints.latest(partial(restore, config, trainer, episodes))
+    metrics.policy_version.set(trainer.version)
+    metrics.steps.set(trainer.steps)
     client = Client(client_id=learner_id, incarnation=time.time_ns())
+    connect = partial(Requester, config.wire.paramserver_endpoint, config.wire.max_message_bytes, keys)
     publisher = Publisher(
-        connect=lambda: Requester(config.wire.paramserver_endpoint, config.wire.max_message_bytes, keys),
+        connect=connect,
         client=client,
         expected=codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes),
         copier=WeightsCopier(trainer.network),
         stopping=lifecycle.stopping,
     )
-    # Killed between two checkpoints? The parameter server has every version since: nothing rolls back.
-    state: RunState = "complete" if trainer.complete else "training"
-    newer = publisher.fetch_newer(trainer.version, trainer.steps, state, FIND_NEWER_S)
-    if newer is not None:
-        adopt(config, trainer, newer)
-    account_for(trainer.steps, episodes)
-    metrics.policy_version.set(trainer.version)
-    metrics.steps.set(trainer.steps)
     log.info(
         "started",
         learner_id=learner_id,
@@ -128,13 +142,12 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         steps=trainer.steps,
         policy_version=trainer.version,
         checkpoint=restored.path if restored else None,
-        newer_weights=newer is not None,
     )
 
     queue = RolloutQueue(config.queue_capacity)
 
     def max_policy_lag() -> int:
-        return config.max_policy_lag(max(config.actors, publisher.num_actors))
+        return config.max_policy_lag(max(config.actors, attendance.num_actors), trainer.group.world_size)
 
     freshness = Freshness(lambda: trainer.version, max_policy_lag)
     metrics.max_policy_lag.set_function(max_policy_lag)
@@ -143,6 +156,14 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     door = Doorkeeper(keys, lambda reason: metrics.auth_failures.labels(reason).inc())
     receiver = RolloutReceiver(config.wire.learner_bind, config.wire.receive_queue, 2 * most_bytes, door)
     guarding = lifecycle.thread("doorkeeper", partial(door.run, lifecycle.stopping))
+    attendance = Attendance(
+        connect=connect,
+        client=client,
+        run_id=config.run_id,
+        endpoint=rollout_endpoint(host, receiver.endpoint),
+        config=fingerprint(config, device.type),
+        max_message_bytes=config.wire.max_message_bytes,
+    )
     rollouts = codec.Expected(
         run_id=config.run_id,
         max_message_bytes=most_bytes,
@@ -156,7 +177,6 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         queue=queue,
         freshness=freshness,
         on_episode=episodes.add,
-        count_gaps=len(config.wire.learner_endpoints) == 1,
         metrics=metrics,
         stopping=lifecycle.stopping,
     )
@@ -173,16 +193,28 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         stopping=lifecycle.stopping,
         replay=replay,
     )
+    gathering = Gathering(
+        attendance=attendance,
+        trainer=trainer,
+        episodes=episodes,
+        host=host,
+        device=device,
+        catch_up=partial(catch_up, config, trainer, publisher),
+        metrics=metrics,
+        heartbeat=heartbeat,
+        stopping=lifecycle.stopping,
+    )
     health = HealthServer(
         config.ops.host,
         config.ops.port,
         registry,
         heartbeat,
         config.ops.liveness_timeout_s,
-        lambda: publisher.trouble,
+        lambda: not_ready(attendance, gathering.group, publisher),
     )
     threads = [
         guarding,
+        lifecycle.thread("attendance", attendance.run),
         lifecycle.thread("intake", intake.run),
         lifecycle.thread("batcher", batcher.run),
     ]
@@ -197,7 +229,8 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     loop = LearnerLoop(
         trainer=trainer,
         batcher=batcher,
-        group=group,
+        attendance=attendance,
+        gathering=gathering,
         publisher=publisher,
         checkpoints=checkpoints,
         checkpoint_interval_s=config.checkpoint.interval_s,
@@ -205,18 +238,23 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
         log_interval_s=config.learner.log_interval_s,
         episodes=episodes,
         config=configuration.dump(config),
+        max_policy_lag=max_policy_lag,
         frame_skip=spec.frame_skip,
         metrics=metrics,
         replay_metrics=replay_metrics,
         heartbeat=heartbeat,
         stopping=lifecycle.stopping,
     )
+    mismatch: MismatchError | None = None
     try:
         if not loop.run():
             lifecycle.stop("the last checkpoint could not be written", 1)
     except TrainingDivergedError as error:
         log.error("training_diverged", reason=error)
         lifecycle.stop("training diverged", pod.DIVERGED)
+    except MismatchError as error:
+        mismatch = error
+        lifecycle.stop("the parameter server's weights are of another network", pod.BAD_CONFIG)
     except Exception as error:  # noqa: BLE001  (the edge of the pod's main loop)
         lifecycle.fail(error)
     publisher.wake()
@@ -225,8 +263,43 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     receiver.close()
     door.close()
     health.close()
-    log.info("stopped", exit_code=lifecycle.exit_code, steps=trainer.steps, policy_version=trainer.version)
+    log.info(
+        "stopped",
+        exit_code=lifecycle.exit_code,
+        steps=trainer.steps,
+        policy_version=trainer.version,
+        parameters=f"{trainer.checksum():012x}",
+    )
+    if mismatch is not None:
+        raise mismatch
     return lifecycle.exit_code
+
+
+def await_host(config: RunConfig, lifecycle: Lifecycle) -> str | None:
+    """By which address others reach this learner; None if the pod stops before there is a way to anybody."""
+    from services.learner.addresses import own_host
+
+    log = logging.get_logger("main").limited(10.0)
+    while not lifecycle.stopping.is_set():
+        try:
+            return own_host(config.wire)
+        except OSError as error:  # a name that is not known yet, say
+            log.warning("no_way", endpoint=config.wire.paramserver_endpoint, error=error)
+            lifecycle.stopping.wait(NAME_RETRY_S)
+    return None
+
+
+def not_ready(attendance: Attendance, group: Group | None, publisher: Publisher) -> str | None:
+    """In a few words what this learner waits for, or None.
+
+    One that only waits for learners with an older configuration to go is ready to take their place:
+    Kubernetes changes them one after the other, and goes on to the next when one is ready.
+    """
+    if attendance.differs:
+        return None
+    if group is None:
+        return attendance.trouble or "waits for the other learners"
+    return publisher.trouble if group.is_leader else attendance.trouble
 
 
 def refuse_impossible_sizes(config: RunConfig, schema: Mapping[str, ArraySpec], network: nn.Module) -> None:
@@ -304,32 +377,37 @@ def restore(config: RunConfig, trainer: Trainer, episodes: Episodes, checkpoint:
         raise ValueError(f"checkpoint {checkpoint.path}: does not fit this run ({why})") from None
 
 
+def catch_up(config: RunConfig, trainer: Trainer, publisher: Publisher, version: int) -> None:
+    """Continue from ``version``, which the parameter server holds.
+
+    It is newer than what any learner has: all were killed after their last checkpoint, or the leader died
+    when it had just published. If it cannot be had, only its number is taken: the server never goes back, and
+    what its actors play would look as if it came from the future.
+    """
+    newer = publisher.fetch_newer(trainer.version, CATCH_UP_S)
+    log = logging.get_logger("main")
+    if newer is None:
+        log.warning("newer_weights_missed", policy_version=version, ours=trainer.version)
+        trainer.version = version
+        return
+    adopt(config, trainer, newer)
+    log.info("newer_weights", policy_version=trainer.version, steps=trainer.steps)
+
+
 def adopt(config: RunConfig, trainer: Trainer, newer: Weights) -> None:
-    """Continue from what the parameter server holds; ValueError if it is another network's."""
+    """Continue from what the parameter server holds; MismatchError if it is another network's."""
     from safetensors import SafetensorError
 
     from services.learner.publisher import tensors_of
 
     try:
-        trainer.load(tensors_of(newer))
+        trainer.load(tensors_of(newer), newer.version, newer.steps)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(
+        raise MismatchError(
             f"run_id = {config.run_id!r}: the parameter server holds version {newer.version}, which does not "
             f"fit this network ({' '.join(str(error).split())}); allowed is the network that the run began "
             "with, or another run_id"
         ) from None
-    trainer.version, trainer.steps = newer.version, newer.steps
-
-
-def account_for(steps: int, episodes: Episodes) -> None:
-    """Spread what was trained after the tasks' steps were last saved over the tasks, as seats are.
-
-    A checkpoint knows them as of its last report, and weights that the parameter server held not at all. Of
-    a single task the sum is exact.
-    """
-    of_tasks = [task["steps"] for task in episodes.state_dict()["tasks"]]
-    each, rest = divmod(max(0, steps - sum(of_tasks)), len(of_tasks))
-    episodes.trained([each + (task < rest) for task in range(len(of_tasks))])
 
 
 def resolve_device(name: str) -> torch.device:

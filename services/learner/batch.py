@@ -207,9 +207,8 @@ class Batcher:
                 # Every other buffer that is not free is a batch that will be trained on before this one.
                 if self._freshness.stale(rollout, updates_ahead=NUM_SLOTS - 1 - self._free.qsize()):
                     self._metrics.rollouts.labels("stale").inc()
-                elif self._add(rollout, slot, columns):
-                    self._metrics.rollouts.labels("ok").inc()
-            self._metrics.queue_depth.set(len(self._rollouts))
+                else:
+                    self._add(rollout, slot, columns)
         return True
 
     def _add_replayed(self, replay: Replay, slot: _Slot, columns: list[Rollout]) -> bool:

@@ -1,7 +1,7 @@
-"""What is known of each task: its recent episodes, and how much was played of it and trained on.
+"""What is known of each task's episodes: the recent ones, and how many there were.
 
 Written by the intake's thread, as episodes arrive with their rollouts; read by ``report``, and saved in
-checkpoints. Returns are raw and of whole episodes; steps are agent steps.
+checkpoints. Returns are raw and of whole episodes. Each of several learners knows those that came to it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ class TaskEpisodes:
     """Those since the last report."""
     total: int
     """How many there were in all."""
-    steps: int
-    """Fresh agent steps trained on."""
 
     @property
     def mean_return(self) -> float | None:
@@ -65,7 +63,6 @@ class Episodes:
         self._recent: list[deque[Episode]] = [deque(maxlen=RECENT_EPISODES) for _ in task_ids]
         self._new: list[list[Episode]] = [[] for _ in task_ids]
         self._totals = [0 for _ in task_ids]
-        self._steps = [0 for _ in task_ids]
 
     def add(self, task: int, episode: Episode) -> None:
         """One more."""
@@ -73,11 +70,6 @@ class Episodes:
             self._recent[task].append(episode)
             self._new[task].append(episode)
             self._totals[task] += 1
-
-    def trained(self, task_steps: Sequence[int]) -> None:
-        """So many more fresh steps of each task were trained on."""
-        with self._lock:
-            self._steps = [steps + more for steps, more in zip(self._steps, task_steps, strict=True)]
 
     def take(self) -> list[TaskEpisodes]:
         """Of each task. What is new is so once."""
@@ -99,31 +91,27 @@ class Episodes:
         suite = summarise([task.human_normalised for task in tasks])
         return {
             "tasks": [
-                {
-                    "recent": [[e.episode_return, e.length] for e in task.recent],
-                    "total": task.total,
-                    "steps": task.steps,
-                }
+                {"recent": [[e.episode_return, e.length] for e in task.recent], "total": task.total}
                 for task in tasks
             ],
             "mean_return": suite.mean if suite else None if None in returns else mean(returns),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; ValueError if it is one of another number of tasks."""
+        """Continue from there and nowhere else; ValueError if it is of another number of tasks."""
         if len(state["tasks"]) != len(self._task_ids):
             raise ValueError(f"it has {len(state['tasks'])} tasks, this run {len(self._task_ids)}")
         with self._lock:
             for number, task in enumerate(state["tasks"]):
+                self._recent[number].clear()
                 self._recent[number].extend(Episode(episode_return=r, length=n) for r, n in task["recent"])
                 self._totals[number] = task["total"]
-                self._steps[number] = task["steps"]
 
     def _look(self) -> list[TaskEpisodes]:
-        each = zip(self._task_ids, self._recent, self._new, self._totals, self._steps, strict=True)
+        each = zip(self._task_ids, self._recent, self._new, self._totals, strict=True)
         return [
-            TaskEpisodes(task_id=task_id, recent=tuple(recent), new=tuple(new), total=total, steps=steps)
-            for task_id, recent, new, total, steps in each
+            TaskEpisodes(task_id=task_id, recent=tuple(recent), new=tuple(new), total=total)
+            for task_id, recent, new, total in each
         ]
 
 

@@ -28,32 +28,37 @@ MAX_GAP = 1_000_000
 
 
 class RolloutQueue:
-    """Bounded, first in first out, taken from in batches."""
+    """Bounded, first in first out. One thread takes, in batches, and is not woken before there is one."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._rollouts: deque[Rollout] = deque()
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._has_room = threading.Condition(lock)
+        self._has_enough = threading.Condition(lock)
+        self._wanted = 0
 
     def __len__(self) -> int:
         return len(self._rollouts)
 
     def put(self, rollout: Rollout, timeout_s: float) -> bool:
         """Append; False if there was no room within ``timeout_s``."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._rollouts) < self.capacity, timeout_s):
+        with self._has_room:
+            if not self._has_room.wait_for(lambda: len(self._rollouts) < self.capacity, timeout_s):
                 return False
             self._rollouts.append(rollout)
-            self._changed.notify_all()
+            if len(self._rollouts) >= self._wanted:
+                self._has_enough.notify()
             return True
 
     def take(self, count: int, timeout_s: float) -> list[Rollout]:
         """The ``count`` oldest, or none if there were not so many within ``timeout_s``."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._rollouts) >= count, timeout_s):
+        with self._has_enough:
+            self._wanted = count
+            if not self._has_enough.wait_for(lambda: len(self._rollouts) >= count, timeout_s):
                 return []
             taken = [self._rollouts.popleft() for _ in range(count)]
-            self._changed.notify_all()
+            self._has_room.notify_all()
             return taken
 
 
@@ -85,7 +90,6 @@ class Intake:
         queue: RolloutQueue,
         freshness: Freshness,
         on_episode: Callable[[int, Episode], None],
-        count_gaps: bool,
         metrics: LearnerMetrics,
         stopping: threading.Event,
     ) -> None:
@@ -94,8 +98,9 @@ class Intake:
         self._queue = queue
         self._freshness = freshness
         self._on_episode = on_episode
-        self._sequences = SequenceTracker() if count_gaps else None
+        self._sequences = SequenceTracker()
         self._metrics = metrics
+        metrics.queue_depth.set_function(queue.__len__)
         self._stopping = stopping
         self._log = get_logger("intake").limited(10.0)
 
@@ -117,8 +122,9 @@ class Intake:
         if not isinstance(rollout, Rollout):
             self.refuse(WireError("malformed", f"{type(rollout).__name__} where a Rollout belongs"))
             return
-        if self._sequences is not None:
-            self._metrics.sequence_gaps.inc(self._sequences.gap(rollout))
+        missing = self._sequences.gap(rollout)
+        if missing:
+            self._metrics.sequence_gaps.inc(missing)
         for episode in rollout.episodes:
             self._on_episode(rollout.task, episode)
         if self._freshness.stale(rollout):
@@ -127,7 +133,6 @@ class Intake:
         while not self._queue.put(rollout, POLL_S):
             if self._stopping.is_set():
                 return
-        self._metrics.queue_depth.set(len(self._queue))
 
     def refuse(self, error: WireError) -> None:
         """Count a message that must not be used."""
@@ -137,7 +142,11 @@ class Intake:
 
 
 class SequenceTracker:
-    """Counts the rollouts that an actor sent and that never arrived."""
+    """Counts the rollouts that an actor sent to this learner and that never arrived.
+
+    An actor that has connected anew may be heard over its old connection a little longer: what comes late was
+    counted as missing, but moves nothing back, or all that had come before it would be missing once more.
+    """
 
     def __init__(self) -> None:
         self._next: OrderedDict[str, tuple[int, int]] = OrderedDict()
@@ -148,8 +157,10 @@ class SequenceTracker:
         missing = max(0, rollout.sequence - expected) if incarnation == rollout.incarnation else 0
         if missing > MAX_GAP:
             missing = 0  # not a gap but nonsense
-        if incarnation <= rollout.incarnation:
-            incarnation, expected = rollout.incarnation, rollout.sequence + 1
+        if incarnation < rollout.incarnation:
+            incarnation, expected = rollout.incarnation, 0
+        if incarnation == rollout.incarnation:
+            expected = max(expected, rollout.sequence + 1)
         self._next[rollout.actor_id] = (incarnation, expected)
         if len(self._next) > MAX_TRACKED_ACTORS:
             self._next.popitem(last=False)

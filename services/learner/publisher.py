@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,15 +35,12 @@ from services.wire.messages import (
     RunState,
     Weights,
 )
-from services.wire.sockets import Requester
+from services.wire.sockets import RENEW_S, Requester
 
 POLL_S = 0.1
 ANSWER_S = 2.0
 ANNOUNCE_S = 2.0
 """How often the server is asked what it holds when there is nothing new."""
-FEWER_ACTORS_S = 60.0
-"""For how long there must be fewer actors than before until we believe it: a restarted server knows none at
-first, and rollouts of actors that have gone are still under way."""
 
 _log = get_logger("publisher").limited(10.0)
 
@@ -116,11 +112,8 @@ class Publisher:
         self._edition: _Edition | None = None
         self.held_version = NO_VERSION
         """What the server held when it last answered."""
-        self.num_actors = 0
-        """That hold seats, lately."""
-        self._counts: deque[tuple[float, int]] = deque()
-        """Until when there were so many actors: of the last answers those that no later one exceeds."""
         self._confirmed: tuple[int, RunState] | None = None
+        self._unreachable_since_s: float | None = None
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why nothing can be published, or None."""
 
@@ -134,31 +127,38 @@ class Publisher:
             self._changed.notify_all()
             return True
 
+    def retire(self) -> None:
+        """Another learner publishes from now on: forget what this one did, or the server would hear of it."""
+        with self._changed:
+            self._edition = self._offered = None
+            self.trouble = None
+            self._changed.notify_all()
+
     def wait_until_confirmed(self, version: int, state: RunState, timeout_s: float) -> bool:
         """Whether the server has answered, within ``timeout_s``, to this version in this state."""
         with self._changed:
             return self._changed.wait_for(lambda: self._confirmed == (version, state), timeout_s)
 
-    def fetch_newer(self, version: int, steps: int, state: RunState, timeout_s: float) -> Weights | None:
-        """Weights that the server holds and that are newer than ours; None if none are, or no server is."""
-        deadline_s = time.monotonic() + timeout_s
-        ours = _Edition(version=version, steps=steps, state=state, payload=b"")
-        with self._connect() as requester:
-            answer = self._ask(requester, self._publish(ours, with_payload=False), deadline_s)
-            if not isinstance(answer, Published):
-                return None
-            self._count_actors(answer.num_seats, time.monotonic())
-            if answer.version <= version:
-                return None
-            pull = Pull(run_id=self._expected.run_id, sender=self._client, have_version=version, seats_for=())
-            weights = self._ask(requester, pull, deadline_s)
-            return weights if isinstance(weights, Weights) and weights.payload is not None else None
+    def fetch_newer(self, version: int, timeout_s: float) -> Weights | None:
+        """The server's weights if they are newer than ``version``; None if not, or without an answer."""
+        pull = Pull(run_id=self._expected.run_id, sender=self._client, have_version=version, seats_for=())
+        try:
+            with self._connect() as requester:
+                weights = self._ask(requester, pull, time.monotonic() + timeout_s)
+        except OSError as error:
+            self._trouble(f"cannot connect ({error})")
+            return None
+        return weights if isinstance(weights, Weights) and weights.payload is not None else None
 
     def run(self) -> None:
         """Send what is offered; otherwise ask, now and then, what the server holds."""
         while not self._stopping.is_set():
-            with self._connect() as requester:
-                self._converse(requester)
+            try:
+                with self._connect() as requester:
+                    self._converse(requester)
+            except OSError as error:  # no file is left to open, say
+                self._trouble(f"cannot connect ({error})")
+                self._stopping.wait(ANSWER_S)
 
     def _converse(self, requester: Requester) -> None:
         """Until the server falls silent or the pod stops."""
@@ -172,15 +172,19 @@ class Publisher:
             if offered is not None:
                 version, steps, state = offered
                 payload = self._copier.finish()
-                self._edition = _Edition(version=version, steps=steps, state=state, payload=payload)
+                newest = _Edition(version=version, steps=steps, state=state, payload=payload)
                 with self._changed:
-                    self._offered = None
+                    if self._offered is not offered:  # retired meanwhile
+                        continue
+                    self._edition, self._offered = newest, None
                     self._changed.notify_all()
-                answered = self._send(requester, self._edition, with_payload=True)
-            elif self._edition is not None:
-                answered = self._send(requester, self._edition, with_payload=False)
-                if answered and self.held_version < self._edition.version:
-                    answered = self._send(requester, self._edition, with_payload=True)
+                answered = self._send(requester, newest, with_payload=True)
+            elif (edition := self._edition) is not None:
+                answered = self._send(requester, edition, with_payload=False)
+                if answered and self.held_version < edition.version:
+                    answered = self._send(requester, edition, with_payload=True)
+            else:  # whoever does not lead only keeps its connection, and reads what libzmq reports of it
+                requester.mend()
 
     def wake(self) -> None:
         """Make ``run`` look at ``stopping`` now."""
@@ -193,29 +197,23 @@ class Publisher:
         While it is not there to be sent anything, the socket goes on trying by itself: a new one would begin
         its handshake anew.
         """
-        if not self._post(requester, self._publish(edition, with_payload), time.monotonic() + ANSWER_S):
-            return True
-        answer = self._hear(requester, time.monotonic() + ANSWER_S)
+        now_s = time.monotonic()
+        breaks = self._post(requester, self._publish(edition, with_payload), now_s + ANSWER_S)
+        if breaks is None:
+            self._unreachable_since_s = self._unreachable_since_s or now_s
+            is_stuck = time.monotonic() - self._unreachable_since_s > RENEW_S
+            self._unreachable_since_s = None if is_stuck else self._unreachable_since_s
+            return not is_stuck
+        self._unreachable_since_s = None
+        answer = self._hear(requester, time.monotonic() + ANSWER_S, breaks)
         if isinstance(answer, Published):
             self.trouble = None
-            self._count_actors(answer.num_seats, time.monotonic())
             with self._changed:
                 self.held_version = answer.version
                 if answer.version >= edition.version:
                     self._confirmed = (edition.version, edition.state)
                 self._changed.notify_all()
         return answer is not None
-
-    def _count_actors(self, num_actors: int, now_s: float) -> None:
-        """The most that there were in ``FEWER_ACTORS_S``; what was answered counts until the next answer."""
-        if self._counts:
-            self._counts[-1] = (now_s, self._counts[-1][1])
-        while self._counts and self._counts[-1][1] <= num_actors:
-            self._counts.pop()
-        self._counts.append((now_s, num_actors))
-        while self._counts[0][0] < now_s - FEWER_ACTORS_S:
-            self._counts.popleft()
-        self.num_actors = self._counts[0][1]
 
     def _publish(self, edition: _Edition, with_payload: bool) -> Publish:
         return Publish(
@@ -228,23 +226,28 @@ class Publisher:
         )
 
     def _ask(self, requester: Requester, request: Message, deadline_s: float) -> Message | None:
-        sent = self._post(requester, request, deadline_s)
-        return self._hear(requester, deadline_s) if sent else None
+        breaks = self._post(requester, request, deadline_s)
+        return None if breaks is None else self._hear(requester, deadline_s, breaks)
 
-    def _post(self, requester: Requester, request: Message, deadline_s: float) -> bool:
-        """Whether the server is there."""
+    def _post(self, requester: Requester, request: Message, deadline_s: float) -> int | None:
+        """How often the connection had broken before; None if the server is not there."""
         frames = codec.encode(request)
-        while not requester.send(frames, POLL_S):
+        while True:
+            breaks = requester.breaks
+            if requester.send(frames, POLL_S):
+                return breaks
             if time.monotonic() > deadline_s or self._stopping.is_set():
                 self._trouble(requester.trouble or "parameter server not reachable")
-                return False
-        return True
+                return None
 
-    def _hear(self, requester: Requester, deadline_s: float) -> Message | None:
+    def _hear(self, requester: Requester, deadline_s: float, breaks: int) -> Message | None:
         while not self._stopping.is_set():
             frames = requester.receive(POLL_S)
             if frames is not None:
                 return self._open(frames)
+            if requester.breaks != breaks:
+                self._trouble("parameter server has gone")
+                return None
             if time.monotonic() > deadline_s:
                 self._trouble("parameter server does not answer")
                 return None

@@ -6,7 +6,8 @@
     may drop   the oldest, when the memory is full
 
 Before it comes ``batch.Batcher``, whose thread owns it. Rollouts are held as they travelled, compressed, each
-in one piece of memory (``rl.replay``); with a log (``replay_log``) they outlive the process.
+in one piece of memory (``rl.replay``); with a log (``replay_log``) they outlive the process, and the next one
+draws on where it stopped. Without a log it begins with an empty memory and the seed's first draws.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class Replay:
         """Take back what the log holds; what is not of this run any more is left out."""
         if self._replay_log is None:
             return
+        restored = self._replay_log.restore()
         foreign = 0
-        for item in self._replay_log.restore():
+        for item in restored.items:
             try:
                 self._open(item)
             except WireError:
@@ -60,6 +62,11 @@ class Replay:
                 self._memory.add(item)
         if foreign:
             _log.warning("replay_left_out", rollouts=foreign, reason="of other tasks, shapes or another run")
+        if len(self._memory):
+            try:
+                self._memory.continue_draws(restored.draws)
+            except ValueError as error:
+                _log.warning("replay_draws_anew", reason=error)
         self._count()
 
     def share(self, batch_size: int) -> int:
@@ -72,7 +79,7 @@ class Replay:
         item = codec.to_bytes(codec.encode(replace(rollout, episodes=())))
         self._memory.add(item)
         if self._replay_log is not None:
-            self._replay_log.append(item)
+            self._replay_log.append(item, self._memory.draws)
         self._count()
 
     def draw(self, count: int) -> list[Rollout]:

@@ -1,7 +1,8 @@
 """The replay memory's copy on disk, from which a restarted learner fills it again.
 
-    consumes   every item that the memory takes in, from the thread that owns it
-    produces   ``segment-00000012-000313.replay``: some consecutive items, each with its length and checksum
+    consumes   every item that the memory takes in, from the thread that owns it, and the state of its draws
+    produces   ``segment-00000012-000313.replay``: some consecutive items, each with its length and checksum,
+               and in the same way, as the last of its records, the state of the draws after these items
     waits for  the disk, in a thread of its own: ``append`` never does
     may drop   what a slow, full or read-only disk does not take; counted and logged
 
@@ -20,16 +21,16 @@ import struct
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from services.ops.logging import get_logger
 
 MAGIC = b"impala replay segment 1\n"
 HEADER = struct.Struct("<II")
-"""Before each item: its length, and the CRC-32 of length and item."""
+"""Before each record: its length, and the CRC-32 of length and record."""
 SEGMENTS = 32
 SEGMENT_BYTES = 4 << 20
 MAX_WAITING = 4
@@ -37,6 +38,16 @@ MAX_WAITING = 4
 CLOSE_S = 2.0
 
 _NAME = re.compile(r"segment-(\d+)-(\d+)\.replay")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What a log has kept."""
+
+    items: Iterator[bytes]
+    """Oldest first."""
+    draws: bytes
+    """The state of the draws after the newest of them; empty if that is damaged or was never there."""
 
 
 class ReplayLog:
@@ -48,36 +59,41 @@ class ReplayLog:
         self._capacity = capacity
         self._items: list[bytes] = []
         self._items_bytes = 0
+        self._draws: Callable[[], bytes] = bytes
         self._lock = threading.Lock()  # of what the writer's thread shares: the next three
-        self._waiting: deque[Sequence[bytes]] = deque()
+        self._waiting: deque[_Content] = deque()
         self._writer: threading.Thread | None = None
         self.num_lost = 0
         """Items that the disk did not take."""
         self._log = get_logger("replay_log").limited(10.0)
 
-    def restore(self) -> Iterator[bytes]:
-        """The newest items, at most ``capacity``, oldest first; what is damaged is left out."""
+    def restore(self) -> Restored:
+        """The newest items, at most ``capacity``; what is damaged is left out."""
         newest_first: list[list[bytes]] = []
+        draws: list[bytes] = []
         room = self._capacity
         damaged: list[str] = []
         for segment in reversed(_segments(self._directory)):
             try:
-                items = _read(segment)
+                content = _read(segment)
             except OSError as error:
                 damaged.append(f"{segment.path.name} ({error.strerror})")
                 continue
-            if len(items) < segment.num_items:
-                damaged.append(f"{segment.path.name} (from item {len(items)} of {segment.num_items})")
-            newest_first.append(items[-room:])
+            if len(content.items) < segment.num_items:
+                damaged.append(f"{segment.path.name} (from item {len(content.items)} of {segment.num_items})")
+            newest_first.append([*content.items[-room:]])
+            draws.append(content.draws)
             room -= len(newest_first[-1])
             if not room:
                 break
         tell = self._log.warning if damaged else self._log.info
         tell("replay_restored", items=self._capacity - room, damaged=", ".join(damaged) or None)
-        return chain.from_iterable(reversed(newest_first))
+        items = chain.from_iterable(reversed(newest_first))
+        return Restored(items=items, draws=draws[0] if draws else b"")
 
-    def append(self, item: bytes) -> None:
-        """Keep ``item``. Returns at once."""
+    def append(self, item: bytes, draws: Callable[[], bytes] = bytes) -> None:
+        """Keep ``item``, and what ``draws`` says when its segment is complete. Returns at once."""
+        self._draws = draws
         self._items.append(item)
         self._items_bytes += len(item)
         if len(self._items) * SEGMENTS >= self._capacity or self._items_bytes >= SEGMENT_BYTES:
@@ -91,7 +107,7 @@ class ReplayLog:
         if writer is not None:
             writer.join(timeout_s)
         with self._lock:
-            late = sum(len(items) for items in self._waiting)
+            late = sum(len(content.items) for content in self._waiting)
         if late:
             self._lose(late, f"not written within {timeout_s:g} s")
 
@@ -100,7 +116,7 @@ class ReplayLog:
         with self._lock:
             taken = len(self._waiting) < MAX_WAITING
             if taken:
-                self._waiting.append(items)
+                self._waiting.append(_Content(items=items, draws=self._draws()))
                 if self._writer is None:
                     self._writer = threading.Thread(target=self._write_all, name="replay-log", daemon=True)
                     self._writer.start()
@@ -120,19 +136,19 @@ class ReplayLog:
                 if not self._waiting:
                     self._writer = None
                     return
-                items = self._waiting[0]
+                content = self._waiting[0]
             try:
-                self._write(items)
+                self._write(content)
             except OSError as error:
-                self._lose(len(items), error)
+                self._lose(len(content.items), error)
             with self._lock:
                 self._waiting.popleft()
 
-    def _write(self, items: Sequence[bytes]) -> None:
+    def _write(self, content: _Content) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         segments = _segments(self._directory)
         number = segments[-1].number + 1 if segments else 0
-        newer = len(items)
+        newer = len(content.items)
         for segment in reversed(segments):
             if newer >= self._capacity:
                 segment.path.unlink(missing_ok=True)
@@ -140,15 +156,24 @@ class ReplayLog:
         temporary = self._directory / "segment.tmp"
         try:
             with temporary.open("wb") as file:
-                file.write(b"".join([MAGIC, *chain.from_iterable((_header(item), item) for item in items)]))
+                records = ((_header(record), record) for record in (*content.items, content.draws))
+                file.write(b"".join([MAGIC, *chain.from_iterable(records)]))
                 file.flush()
                 os.fsync(file.fileno())  # where some file systems first tell that there is no room
-            temporary.replace(self._directory / f"segment-{number:08d}-{len(items):06d}.replay")
+            temporary.replace(self._directory / f"segment-{number:08d}-{len(content.items):06d}.replay")
         finally:
             temporary.unlink(missing_ok=True)
 
 
 # --- files ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Content:
+    """Of one segment."""
+
+    items: Sequence[bytes]
+    draws: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,23 +192,26 @@ def _segments(directory: Path) -> list[_Segment]:
     return sorted(segments, key=lambda segment: segment.number)
 
 
-def _read(segment: _Segment) -> list[bytes]:
-    """Its items, up to the first damaged one."""
-    data = segment.path.read_bytes()
+def _read(segment: _Segment) -> _Content:
+    """Its items, up to the first damaged one, and the state that follows the last."""
+    records = [*islice(_records(segment.path.read_bytes()), segment.num_items + 1)]
+    return _Content(items=records[: segment.num_items], draws=b"".join(records[segment.num_items :]))
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """Up to the first damaged one."""
     start = len(MAGIC) if data.startswith(MAGIC) else len(data)
-    items: list[bytes] = []
-    while len(items) < segment.num_items and start + HEADER.size <= len(data):
+    while start + HEADER.size <= len(data):
         header = data[start : start + HEADER.size]
         start += HEADER.size
-        item = data[start : start + HEADER.unpack(header)[0]]
-        if _header(item) != header:
-            break
-        items.append(item)
-        start += len(item)
-    return items
+        record = data[start : start + HEADER.unpack(header)[0]]
+        if _header(record) != header:
+            return
+        yield record
+        start += len(record)
 
 
-def _header(item: bytes) -> bytes:
-    length = len(item)
+def _header(record: bytes) -> bytes:
+    length = len(record)
     # Of the length too, or zeros, as a power cut may leave them, would be items without a byte.
-    return HEADER.pack(length, zlib.crc32(item, zlib.crc32(length.to_bytes(4, "little"))))
+    return HEADER.pack(length, zlib.crc32(record, zlib.crc32(length.to_bytes(4, "little"))))

@@ -73,13 +73,19 @@ class Reporter:
         self._waited_s += waited_s
 
     def report(
-        self, *, figures: Figures, episodes: Episodes, version: int, steps: int, learning_rate: float
+        self,
+        *,
+        figures: Figures,
+        episodes: Episodes,
+        version: int,
+        steps: int,
+        learning_rate: float,
+        leads: bool = True,
     ) -> None:
-        """Write one line about the interval that ends now."""
+        """Write one line about the interval that ends now, if this learner leads: there is one line a run."""
         now_s = self._clock()
         seconds = max(now_s - self._since_s, 1e-9)
         new_steps = steps - (steps if self._steps_before is None else self._steps_before)
-        episodes.trained(figures.task_steps)
         tasks = episodes.take()
         new = [task.new for task in tasks]
         line: dict[str, Value] = {
@@ -110,7 +116,7 @@ class Reporter:
         if self._replay_metrics is not None:
             line["replay_rejected_ratio"] = figures.replay_rejected_ratio
         by_task = {
-            name: _all_finite(_of_task(task) | _popart(figures, number))
+            name: _all_finite(_of_task(task, figures.total_task_steps[number]) | _popart(figures, number))
             for number, (name, task) in enumerate(zip(self._tasks, tasks, strict=True))
         }
         if len(tasks) == 1:
@@ -118,15 +124,17 @@ class Reporter:
             line |= {key: only[key] for key in ONLY_TASK if key in only}
         line = _all_finite(line | _of_suite(tasks))
         self._since_s, self._steps_before, self._lags, self._waited_s = now_s, steps, [], 0.0
-        self._to_prometheus(line, by_task, figures.task_steps)
+        self._to_prometheus(line, by_task)
+        if not leads:
+            return
+        for task, more in zip(self._tasks, figures.task_steps, strict=True):
+            self._metrics.task_steps.labels(task).inc(more)
         try:
             self._write(line, by_task if len(by_task) > 1 else {})
         except OSError as error:  # a full disk must not end the training
             _log.warning("report_not_written", error=error)
 
-    def _to_prometheus(
-        self, line: Mapping[str, Value], by_task: Mapping[str, Mapping[str, Value]], task_steps: Sequence[int]
-    ) -> None:
+    def _to_prometheus(self, line: Mapping[str, Value], by_task: Mapping[str, Mapping[str, Value]]) -> None:
         """A gauge keeps its last value where there is no new one, and has no series before its first."""
         metrics = self._metrics
         per_task = {
@@ -158,8 +166,6 @@ class Reporter:
             if value is not None:
                 (gauge.labels(*labels) if labels else gauge).set(value)
         metrics.nonfinite_updates.inc(line["nonfinite_updates"] or 0)
-        for task, steps in zip(self._tasks, task_steps, strict=True):
-            metrics.task_steps.labels(task).inc(steps)
 
     def _write(self, line: Mapping[str, Value], by_task: Mapping[str, Mapping[str, Value]]) -> None:
         """``by_task`` is empty where there is only one."""
@@ -172,13 +178,13 @@ class Reporter:
         append(self._events, event(line["time"] or 0.0, int(line["steps"] or 0), known), header=file_header())
 
 
-def _of_task(task: TaskEpisodes) -> dict[str, Value]:
+def _of_task(task: TaskEpisodes, steps: int) -> dict[str, Value]:
     """One task's figures; a human-normalised score only where there is such a thing."""
     values: dict[str, Value] = {
         "episode_return": task.mean_return,
         "episode_length": task.mean_length,
         "episodes": task.total,
-        "steps": task.steps,
+        "steps": steps,
     }
     return values | ({"human_normalised": task.human_normalised} if task.has_score else {})
 

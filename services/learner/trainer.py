@@ -1,13 +1,15 @@
 """The trainer: one batch of rollouts becomes one update of the weights.
 
-Before it come batches from ``batch.Batcher``, after it ``publisher`` and ``checkpoint`` read its weights. It
-never waits for the device: figures gather there and are fetched by ``read_figures`` once per report.
+Before it come batches from ``batch.Batcher``, after it ``publisher`` and ``checkpoint`` read its weights.
+Alone it never waits for the device: figures gather there and are fetched by ``read_figures`` once per report.
+In a group of several it waits for the sums of all, which may fail, before it changes anything.
 Shapes: T unroll length, B batch size, F single frames per rollout, A policy outputs, K tasks, H state.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from services.config import RunConfig
 from services.learner.batch import Batch
+from services.learner.buckets import Buckets
 from services.learner.group import Group
 from services.learner.optimiser import clip_or_zero, make_optimiser, settings, statistics
 from services.rl.actions import Discrete
@@ -24,6 +27,9 @@ from services.rl.frames import stack_frames
 from services.rl.losses import Experience, Loss, impala_loss
 from services.rl.networks import ActorCritic, Inputs
 from services.rl.popart import moments
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes, whatever the numbers mean."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -50,6 +56,8 @@ class Figures:
     popart_sigma: tuple[float, ...]
     task_steps: tuple[int, ...]
     """Fresh agent steps of each task since the last report."""
+    total_task_steps: tuple[int, ...]
+    """The same since the run began."""
 
 
 FIGURES = (
@@ -77,14 +85,15 @@ class Trainer:
         frame_stack: int,
         device: torch.device,
         dtype: torch.dtype,
-        group: Group,
     ) -> None:
         self.network = network.to(device)
         self.optimiser = make_optimiser(config.optimiser, self.network)
         self.version = 0
         """Updates made, which numbers the policy."""
-        self.steps = 0
-        """Agent steps trained."""
+        self.group = Group()
+        """Who trains together; for its owner to exchange between two updates."""
+        self.allreduce_s = 0.0
+        """How long the last update waited for the others' sums."""
         self._parameters = list(self.network.parameters())
         self._has_momentum = config.optimiser.name == "adam" or config.optimiser.rmsprop_momentum > 0
         self._actions = actions
@@ -93,14 +102,21 @@ class Trainer:
         self._frame_stack = frame_stack
         self._device = device
         self._dtype = dtype
-        self._group = group
+        self._buckets = Buckets(self._parameters)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._num_tasks = len(self.network.baseline.mean_K)
-        self._task_steps = [0] * self._num_tasks
+        self._task_steps = torch.zeros(self._num_tasks, dtype=torch.int64)
+        self._new_task_steps = torch.zeros(self._num_tasks, dtype=torch.int64)
+        """Since the last report."""
         self._sums = torch.zeros(len(FIGURES), device=device)
         self._pending_updates = 0
         self._nonfinite = torch.zeros(3, dtype=torch.int64, device=device)
         """Since the last report: how many; now in a row; the longest row."""
+
+    @property
+    def steps(self) -> int:
+        """Agent steps trained, of all tasks."""
+        return int(self._task_steps.sum())
 
     @property
     def learning_rate(self) -> float:
@@ -115,9 +131,14 @@ class Trainer:
         """All steps are trained."""
         return self.steps >= self._config.total_steps
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the weights."""
+    def load(self, tensors: Mapping[str, Tensor], version: int, steps: int) -> None:
+        """Replace the weights by those of another learner, which had made so many updates and steps.
+
+        Of which tasks its last steps were is not known; environments are dealt evenly, and so are they.
+        """
         self.network.load_state_dict(tensors)
+        self.version = version
+        self._task_steps += _spread(steps - self.steps, self._num_tasks)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that continues the training where it is."""
@@ -126,6 +147,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "version": self.version,
             "steps": self.steps,
+            "task_steps": self._task_steps,
             "rng": torch.get_rng_state(),
         }
 
@@ -143,8 +165,21 @@ class Trainer:
         for group, own in zip(self.optimiser.param_groups, own_settings, strict=True):
             group.update(own)  # the configuration says how to go on, not the checkpoint
         self.version = state["version"]
-        self.steps = state["steps"]
+        task_steps = state.get("task_steps")  # which checkpoints of earlier releases lack
+        if task_steps is None:
+            task_steps = _spread(state["steps"], self._num_tasks)
+        if len(task_steps) != self._num_tasks:
+            raise ValueError(f"it has {len(task_steps)} tasks, this run {self._num_tasks}")
+        self._task_steps = task_steps.clone()
         torch.set_rng_state(state["rng"].cpu())
+
+    def checksum(self) -> int:
+        """Of all bits of the weights, in 48 bits: learners of a group have the same."""
+        total = 0
+        for tensor in self.network.state_dict().values():
+            kind = INTEGERS.get(tensor.element_size(), torch.uint8)
+            total += int(tensor.detach().reshape(-1).view(kind).sum(dtype=torch.int64))
+        return total % 2**48
 
     def to_device(self, batch: Batch) -> Batch:
         """The same batch where the network is. Does not wait; the result's ``release`` does, for the copy."""
@@ -168,28 +203,24 @@ class Trainer:
         return replace(batch, **tensors, release=release)
 
     def update(self, batch: Batch) -> None:
-        """One optimiser step. An update whose gradient is not finite changes no weight and is counted."""
+        """One optimiser step. An update whose gradient is not finite changes no weight and is counted.
+
+        All that the group has to do comes first: if it fails, ``PeerLostError``, nothing has changed.
+        """
+        fresh = self._fresh_steps(batch)
+        self.group.start_sum(fresh)  # learners may have different ones, and have to agree on the step
         loss = self._loss(batch)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
+        targets = self._reduce(loss, batch)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._group.average(gradients)
         grad_norm, finite = clip_or_zero(gradients, self._config.optimiser.max_grad_norm)
         for parameters in self.optimiser.param_groups:
             parameters["lr"] = self.learning_rate
         self._step_if(finite)
         if self._config.popart.enabled:  # after the step, whose gradient was taken on the old scale
-            targets = moments(loss.targets_TB, loss.counts_TB, batch.task, self._num_tasks)
-            self._group.sum(targets)
             self.network.baseline.update(targets, finite)
         self.version += 1
-        # Learners may have different numbers of fresh rollouts, and have to agree on the step.
-        fresh = [0] * self._num_tasks
-        for task in batch.tasks[: batch.num_fresh]:
-            fresh[task] += self._config.unroll_length
-        fresh = self._group.sum_counts(fresh)
-        self.steps += sum(fresh)
-        self._task_steps = [sum(pair) for pair in zip(self._task_steps, fresh, strict=True)]
+        self._task_steps += fresh
+        self._new_task_steps += fresh
         self._remember(
             [
                 loss.total,
@@ -203,6 +234,34 @@ class Trainer:
             ],
             finite,
         )
+
+    def _fresh_steps(self, batch: Batch) -> Tensor:
+        """[K], on the host: of each task."""
+        tasks = torch.tensor(batch.tasks[: batch.num_fresh], dtype=torch.int64)
+        return torch.bincount(tasks, minlength=self._num_tasks) * self._config.unroll_length
+
+    def _reduce(self, loss: Loss, batch: Batch) -> Tensor:
+        """The backward pass, over the batches of all learners; returns the moments of all their targets.
+
+        A sum is averaged over the learners, a mean over the steps of all of them: neither changes its scale
+        when learners come or go.
+        """
+        self._buckets.begin(self.group)
+        self.allreduce_s = 0.0
+        targets = moments(loss.targets_TB, loss.counts_TB, batch.task, self._num_tasks)
+        if self.group.world_size == 1:
+            loss.total.backward()
+            return targets
+        weight = loss.num_steps if self._config.loss.reduction == "mean" else torch.ones_like(loss.num_steps)
+        (loss.total * weight).backward()
+        self._buckets.finish()
+        totals = torch.cat([weight.double().reshape(1), targets.reshape(-1)])
+        self.group.start_sum(totals)
+        waiting_s = time.perf_counter()
+        self.group.finish()
+        self.allreduce_s = time.perf_counter() - waiting_s
+        self._buckets.divide(totals[0])
+        return totals[1:].reshape(targets.shape)
 
     def _loss(self, batch: Batch) -> Loss:
         config, first = self._config, self._frame_stack - 1
@@ -271,7 +330,8 @@ class Trainer:
         means = {name: value / good if good else math.nan for name, value in sums}
         if not self._config.replay.ratio or self._config.replay.trust_region is None:
             means["replay_rejected_ratio"] = math.nan
-        task_steps, self._task_steps = self._task_steps, [0] * self._num_tasks
+        task_steps = self._new_task_steps.tolist()
+        self._new_task_steps.zero_()
         baseline, popart = self.network.baseline, self._config.popart.enabled
         self._sums.zero_()
         self._nonfinite = torch.tensor([0, row, row], device=self._device)
@@ -289,8 +349,15 @@ class Trainer:
             popart_mean=tuple(baseline.mean_K.tolist()) if popart else (),
             popart_sigma=tuple(baseline.sigmas.tolist()) if popart else (),
             task_steps=tuple(task_steps),
+            total_task_steps=tuple(self._task_steps.tolist()),
             **means,
         )
+
+
+def _spread(steps: int, num_tasks: int) -> Tensor:
+    """[K]: so many, as evenly as whole steps go."""
+    each, rest = divmod(steps, num_tasks)
+    return torch.tensor([each + (task < rest) for task in range(num_tasks)], dtype=torch.int64)
 
 
 def _shifted(before_B1: Tensor | None, values_BT: Tensor) -> Tensor | None:

@@ -37,7 +37,7 @@ class Experience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """The terms as they are summed, and what is worth watching. All but the last two are scalars."""
+    """The terms as they are summed, and what is worth watching. Without T and B they are scalars."""
 
     total: Tensor
     policy: Tensor
@@ -54,6 +54,8 @@ class Loss:
     """V-trace targets of the values."""
     counts_TB: Tensor
     """1 where the policy and the baseline learn, 0 elsewhere."""
+    num_steps: Tensor
+    """That were acted: what a mean is over."""
 
 
 def impala_loss(
@@ -120,4 +122,5 @@ def impala_loss(
         rejected_ratio=(mask_TB - counts_TB).sum() / num_steps,
         targets_TB=targets.vs_TB,
         counts_TB=counts_TB,
+        num_steps=num_steps,
     )

@@ -3,10 +3,14 @@
 First in, first out. What an item is, is the business of whoever adds it: ``learner/replay.py`` adds whole
 rollouts, compressed, each as one ``bytes`` object, and nothing else is held per item. Never copies one.
 
-One thread owns it; there is no lock.
+What is drawn follows from what is held, in its order of age, and from the state of the draws: a memory that
+is filled again and given that state draws what the one before it would have drawn. One thread owns it; there
+is no lock.
 """
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 
@@ -42,5 +46,16 @@ class ReplayMemory:
         """``count`` different items, every choice of them and every order equally likely."""
         assert 0 <= count <= len(self._items)
         # Without replacement numpy shuffles a whole range only where the draw is a good part of it.
-        chosen = self._rng.choice(len(self._items), count, replace=False)
-        return [self._items[index] for index in chosen.tolist()]
+        ages = self._rng.choice(len(self._items), count, replace=False)
+        return [self._items[(self._oldest + age) % len(self._items)] for age in ages.tolist()]
+
+    def draws(self) -> bytes:
+        """The state of the draws."""
+        return json.dumps(self._rng.bit_generator.state).encode()
+
+    def continue_draws(self, state: bytes) -> None:
+        """Draw on from ``state``; ValueError, and nothing is changed, if it is none of this generator's."""
+        try:
+            self._rng.bit_generator.state = json.loads(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"no state of {type(self._rng.bit_generator).__name__}: {error!r}") from None

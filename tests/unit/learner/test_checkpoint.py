@@ -27,6 +27,7 @@ from tests.unit.learner.rollouts import Counts
 from tests.unit.learner.waiting import until
 
 DEADLINE_S = 10.0
+WRITER = "learner-0"
 LARGE = 50_000
 """Numbers in a state that no disk of a test has room for."""
 
@@ -45,10 +46,10 @@ def state(steps: int, size: int = 10) -> dict[str, Any]:
 class Scene:
     """A store, and what it counts."""
 
-    def __init__(self, directory: Path, keep: int = 3) -> None:
+    def __init__(self, directory: Path, keep: int = 3, writer: str = WRITER) -> None:
         self.directory = directory
         self.counts = Counts()
-        self.store = CheckpointStore(directory, keep, self.counts.metrics)
+        self.store = CheckpointStore(directory, keep, self.counts.metrics, writer)
 
     def save(
         self, steps: int, *, mean_return: float | None = None, size: int = 10, wait: bool = True
@@ -72,6 +73,15 @@ class Scene:
 
     def path(self, steps: int) -> Path:
         return self.directory / f"step-{steps:012d}.pt"
+
+    def temporary(self, steps: int, writer: str = WRITER) -> Path:
+        """Where a writer has what it has written so far."""
+        return self.path(steps).with_suffix(f".{writer}.tmp")
+
+    def best_steps(self) -> int:
+        steps = read(self.directory / "best.pt").trainer["steps"]
+        assert isinstance(steps, int)
+        return steps
 
     def metric(self, name: str) -> float:
         value = self.counts.registry.get_sample_value(f"impala_checkpoint_{name}")
@@ -180,9 +190,10 @@ def test_a_damaged_best_one_is_refused_and_replaced(scene: Scene, caplog: pytest
     best.write_bytes(best.read_bytes()[:-100])
     restarted = Scene(scene.directory)
     assert restarted.latest() is not None
-    assert str(best) in refusals(caplog)[0]
     restarted.save(1280, mean_return=-1.0)
-    assert read(best).trainer["steps"] == 1280
+    (refusal,) = refusals(caplog)
+    assert str(best) in refusal
+    assert restarted.best_steps() == 1280
 
 
 # --- files that cannot be trusted -------------------------------------------------------------------
@@ -391,6 +402,37 @@ def test_a_full_disk_is_counted_and_leaves_the_old_checkpoint_and_nothing_else(
     assert read(scene.directory / "best.pt").trainer["steps"] == 1280
 
 
+def test_a_disk_without_room_for_the_best_one_too_goes_on_taking_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene = Scene(tmp_path, keep=2)
+    for steps in (640, 1280):
+        scene.save(steps, mean_return=None)
+    (tmp_path / f"best.{WRITER}.tmp").mkdir()  # nothing can be written there
+    for steps in (1920, 2560):
+        scene.save(steps, mean_return=5.0)
+        assert (scene.store.saved_steps, scene.metric("timestamp_seconds") > 0) == (steps, True)
+    assert [name for name in scene.names if name.startswith("step")] == [
+        scene.path(steps).name for steps in (1920, 2560)
+    ]
+    assert scene.metric("failures_total") == 2, "and it is told that the best one is missing"
+    failures = [record for record in caplog.records if record.getMessage() == "checkpoint_failed"]
+    assert all(str(tmp_path / "best.pt") in str(record.__dict__["fields"]) for record in failures)
+    (tmp_path / f"best.{WRITER}.tmp").rmdir()
+    scene.save(3200, mean_return=5.0)
+    assert scene.best_steps() == 3200
+
+
+def test_who_keeps_fewer_than_before_makes_room_on_a_full_disk(tmp_path: Path) -> None:
+    for steps in (640, 1280, 1920):
+        Scene(tmp_path, keep=3).save(steps)
+    fewer = Scene(tmp_path, keep=1)
+    with full_disk(4096):
+        fewer.save(2560, size=LARGE)
+    assert fewer.names == [fewer.path(1920).name]
+    assert fewer.metric("failures_total") == 1
+
+
 def test_a_failure_in_the_background_is_counted_too(scene: Scene) -> None:
     with full_disk(4096):
         scene.save(640, size=LARGE, wait=False)
@@ -407,11 +449,91 @@ def test_a_directory_that_cannot_be_made_is_counted(tmp_path: Path) -> None:
     assert scene.metric("failures_total") == 1
 
 
-def test_what_a_killed_writer_left_behind_is_removed(scene: Scene) -> None:
+# --- several learners, one directory ----------------------------------------------------------------
+
+
+def test_what_a_killed_learner_left_behind_is_removed_by_itself_and_by_nobody_else(scene: Scene) -> None:
     scene.save(640)
-    scene.path(1280).with_suffix(".tmp").write_bytes(b"half of it")
-    assert scene.latest() is not None
+    scene.temporary(1280).write_bytes(b"half of it")
+    scene.temporary(1280, "learner-10").write_bytes(b"half of it")
+    (scene.directory / f"best.{WRITER}.tmp").write_bytes(b"half of it")
+    for other in ("learner-1", "0", "tmp"):
+        assert Scene(scene.directory, writer=other).latest() is not None
+        assert len(scene.names) == 4
+    assert Scene(scene.directory).latest() is not None
+    assert scene.names == [scene.path(640).name, scene.temporary(1280, "learner-10").name]
+
+
+def test_what_could_not_be_removed_is_removed_when_the_disk_takes_a_checkpoint_again(scene: Scene) -> None:
+    scene.directory.mkdir()
+    scene.temporary(640).write_bytes(b"half of it")
+    scene.temporary(640, "learner-1").write_bytes(b"half of it")
+    scene.save(1280)
+    assert scene.names == [scene.temporary(640, "learner-1").name, scene.path(1280).name]
+
+
+def test_a_learner_that_starts_leaves_alone_what_another_one_is_writing(scene: Scene) -> None:
+    disk = SlowDisk(scene, 640)
+    scene.save(640, wait=False)
+    starting = Scene(scene.directory, writer="learner-1")
+    assert starting.latest() is None
+    starting.save(640)
+    assert starting.metric("failures_total") == 0
+    assert scene.names == [scene.temporary(640).name, scene.path(640).name]
+    disk.read_all()
+    until(lambda: not scene.store.busy)
+
+
+@pytest.mark.parametrize("writer", ["a/b", "..", "a.b", "*"])
+def test_any_name_of_a_learner_will_do(tmp_path: Path, writer: str) -> None:
+    scene = Scene(tmp_path, writer=writer)
+    scene.save(640)
     assert scene.names == [scene.path(640).name]
+    assert scene.metric("failures_total") == 0
+
+
+def test_a_checkpoint_that_the_leader_deletes_while_it_is_read_makes_room_for_a_newer_one(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    leader = Scene(scene.directory, keep=1)
+    leader.save(640)
+    tried = []
+
+    def accept(checkpoint: Checkpoint) -> None:
+        tried.append(checkpoint.trainer["steps"])
+        if len(tried) == 1:
+            leader.save(1280)
+            raise ValueError("its file ended in the middle")
+
+    checkpoint = scene.store.latest(accept)
+    assert checkpoint is not None
+    assert tried == [640, 1280]
+    assert refusals(caplog) == []
+
+
+def test_a_new_leader_knows_how_good_the_best_one_of_the_leader_before_it_is(scene: Scene) -> None:
+    follower = Scene(scene.directory, writer="learner-1")
+    follower.latest()
+    scene.save(640, mean_return=7.0)
+    follower.save(1280, mean_return=6.0)
+    assert scene.best_steps() == 640
+    follower.save(1920, mean_return=8.0)
+    assert scene.best_steps() == 1920
+    scene.save(2560, mean_return=7.5)
+    assert scene.best_steps() == 1920
+
+
+def test_leaders_that_delete_the_same_old_ones_have_not_failed(scene: Scene) -> None:
+    class Forgetful(CheckpointStore):
+        """Believes in a checkpoint that another one has just deleted."""
+
+        def _usable(self) -> set[Path]:
+            return super()._usable() | {scene.path(1)}
+
+    store = Forgetful(scene.directory, 1, scene.counts.metrics, WRITER)
+    store.save(trainer=state(640), episodes={"mean_return": None}, config={}, complete=False)
+    until(lambda: not store.busy)
+    assert (scene.metric("failures_total"), store.saved_steps) == (0, 640)
 
 
 # --- beside the training ---------------------------------------------------------------------------
@@ -422,7 +544,7 @@ class SlowDisk:
 
     def __init__(self, scene: Scene, steps: int) -> None:
         scene.directory.mkdir(exist_ok=True)
-        self._path = scene.path(steps).with_suffix(".tmp")
+        self._path = scene.temporary(steps)
         os.mkfifo(self._path)
 
     def read_all(self) -> bytes:

@@ -1,8 +1,12 @@
-"""What only a GPU shows: that the trainer agrees with the CPU, never waits, and publishes what it had."""
+"""What only a GPU shows: that the trainer agrees with the CPU, never waits, and publishes what it had.
+
+And that NCCL is called as it wants to be, in a group whose only member has a GPU.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +15,10 @@ import safetensors.torch
 import torch
 
 from services.learner.batch import Batch
+from services.learner.group import Group, PeerLostError, Peers, Store
 from services.learner.publisher import WeightsCopier
 from services.learner.trainer import Trainer
+from tests.unit.learner.together import HOST
 from tests.unit.learner.variants import VARIANTS, Variant
 
 pytestmark = pytest.mark.cuda
@@ -89,3 +95,48 @@ def test_the_published_weights_are_those_of_the_moment_of_the_offer(name: str) -
     published = safetensors.torch.load(copier.finish())
     assert all(torch.equal(published[key], tensor) for key, tensor in before.items())
     assert any(not torch.equal(published[key], tensor) for key, tensor in weights_of(trainer).items())
+
+
+def one_over_nccl(over: threading.Event) -> Group:
+    peers = Peers(
+        store=Store(HOST).store,
+        rank=0,
+        world_size=1,
+        generation=1,
+        host=HOST,
+        device=torch.device("cuda", 0),
+        is_over=over.is_set,
+    )
+    return Group(peers=peers)
+
+
+def test_sums_go_over_nccl_and_counts_over_the_host() -> None:
+    group = one_over_nccl(threading.Event())
+    on_gpu = torch.arange(4.0, device="cuda")
+    group.start_sum(on_gpu)
+    group.finish()
+    assert on_gpu.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert group.sum_counts([3, 5]) == [3, 5]
+    assert group.broadcast(b"state", 0) == b"state"
+    group.leave()
+    group.leave()
+
+
+def test_who_waits_for_a_gpu_leaves_when_the_group_is_over() -> None:
+    over = threading.Event()
+    group = one_over_nccl(over)
+    torch.cuda._sleep(2_000_000_000)  # so the sum behind it takes a second
+    group.start_sum(torch.ones(1, device="cuda"))
+    over.set()
+    with pytest.raises(PeerLostError, match="over"):
+        group.finish()
+    group.leave()
+
+
+def test_a_first_sum_that_does_not_end_holds_nobody_in_a_group_that_is_over() -> None:
+    over = threading.Event()
+    over.set()
+    torch.cuda._sleep(2_000_000_000)
+    with pytest.raises(PeerLostError, match="over"):
+        one_over_nccl(over)
+    torch.cuda.synchronize()

@@ -67,16 +67,12 @@ class Scene:
         """With the task of each."""
         self.stopping = threading.Event()
         self.freshness = Freshness(lambda: self.version, lambda: max_policy_lag)
-        self.intake = self.make(count_gaps=True)
-
-    def make(self, *, count_gaps: bool) -> Intake:
-        return Intake(
+        self.intake = Intake(
             receiver=cast(RolloutReceiver, self.receiver),
             expected=replace(EXPECTED, num_tasks=NUM_TASKS),
             queue=self.queue,
             freshness=self.freshness,
             on_episode=lambda task, episode: self.episodes.append((task, episode)),
-            count_gaps=count_gaps,
             metrics=self.counts.metrics,
             stopping=self.stopping,
         )
@@ -130,6 +126,19 @@ def test_who_waits_for_a_batch_is_woken_by_its_last_rollout() -> None:
     waiting.put(rollout(1), 0.0)
     thread.join(DEADLINE_S)
     assert [each.sequence for each in taken] == [0, 1]
+
+
+def test_who_has_given_up_on_a_large_batch_is_woken_by_a_smaller_one() -> None:
+    queue = RolloutQueue(100)
+    assert queue.take(10, 0.0) == []
+    taken: list[list[Rollout]] = []
+    taker = threading.Thread(target=lambda: taken.append(queue.take(2, DEADLINE_S)))
+    taker.start()
+    for sequence in (1, 2):
+        queue.put(rollout(sequence), DEADLINE_S)
+    taker.join(DEADLINE_S)
+    assert [each.sequence for each in taken[0]] == [1, 2]
+    assert queue.take(1, 0.0) == []
 
 
 def test_who_waits_for_room_is_woken_by_a_taken_batch() -> None:
@@ -308,6 +317,11 @@ def test_a_late_rollout_of_a_former_life_disturbs_nothing() -> None:
     assert _gaps(*arrivals) == [0, 0, 0]
 
 
+def test_what_comes_late_over_an_old_connection_counts_nothing_twice() -> None:
+    old, new = [rollout(5), rollout(6)], [rollout(9), rollout(10), rollout(11)]
+    assert _gaps(rollout(4), new[0], old[0], new[1], old[1], new[2]) == [0, 4, 0, 0, 0, 0]
+
+
 def test_the_tracker_forgets_the_actor_that_was_silent_longest_and_no_other() -> None:
     tracker = SequenceTracker()
     for number in range(MAX_TRACKED_ACTORS + 1):
@@ -347,12 +361,12 @@ def test_the_intake_counts_gaps_also_before_stale_rollouts() -> None:
     assert scene.counts("sequence_gaps_total") == 2
 
 
-def test_with_several_learners_gaps_mean_nothing_and_are_not_counted() -> None:
+def test_what_was_lost_with_a_closed_connection_is_missing() -> None:
+    # An actor that connects anew goes on with its numbers: see `wire.sockets.RolloutSender`.
     scene = Scene()
-    scene.intake = scene.make(count_gaps=False)
-    for sequence in (0, 3, 4):
+    for sequence in (10, 11, 15, 16):
         scene.intake.take_in(sent(rollout(sequence)))
-    assert scene.counts("sequence_gaps_total") == 0
+    assert scene.counts("sequence_gaps_total") == 3
 
 
 # --- backpressure and stopping --------------------------------------------------------------------

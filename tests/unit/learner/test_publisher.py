@@ -61,9 +61,9 @@ class Scene:
         self.train(version)
         return self.publisher.offer(version, version * 640, state, wait_s)
 
-    def hold(self, version: int, num_seats: int = 0) -> None:
+    def hold(self, version: int) -> None:
         """The server says what it holds."""
-        self.server.answer(Published(run_id=RUN, server_incarnation=1, version=version, num_seats=num_seats))
+        self.server.answer(Published(run_id=RUN, server_incarnation=1, version=version))
 
     def stop(self) -> None:
         self.stopping.set()
@@ -175,6 +175,19 @@ def test_before_the_first_version_nothing_is_announced(scene: Scene) -> None:
     assert scene.server.next_or_none(3 * ANNOUNCE_S) is None
 
 
+def test_who_has_nothing_to_publish_still_reads_what_happens_to_its_connection(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise libzmq's reports of it would pile up for as long as the server is away."""
+    looks: list[Requester] = []
+
+    def mend(requester: Requester) -> None:
+        looks.append(requester)
+
+    monkeypatch.setattr(Requester, "mend", mend)
+    until(lambda: len(looks) > 1)
+
+
 # --- servers that forget, fall silent, refuse --------------------------------------------------------
 
 
@@ -222,6 +235,17 @@ def test_a_version_that_got_lost_on_its_way_is_sent_again(scene: Scene) -> None:
     assert scene.server.next(Publish).version == 4
     scene.hold(NO_VERSION)
     assert value_of(scene.server.next(Publish)) == 4
+
+
+def test_what_a_server_took_with_it_is_sent_again_as_soon_as_there_is_one(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "ANSWER_S", 10 * DEADLINE_S)
+    scene.offer(4)
+    scene.server.next(Publish)
+    scene.server.stop()
+    scene.server.start()
+    assert scene.server.next(Publish).version == 4
 
 
 @pytest.mark.usefixtures("_very_impatient")
@@ -296,6 +320,21 @@ def test_garbage_in_place_of_an_answer_is_trouble_and_survived(scene: Scene, gar
 # --- waiting for the server's word -------------------------------------------------------------------
 
 
+def test_who_is_retired_says_nothing_more_until_it_is_asked_to_again(scene: Scene) -> None:
+    scene.offer(1)
+    scene.server.next(Publish)
+    scene.hold(1)
+    until(lambda: scene.publisher.held_version == 1)
+    scene.publisher.retire()
+    announced = scene.server.next_or_none(3 * ANNOUNCE_S)  # one may have been under way
+    assert announced is None or scene.server.next_or_none(3 * ANNOUNCE_S) is None
+    scene.offer(7)
+    publish = scene.server.next(Publish)
+    while publish.version == 1:
+        publish = scene.server.next(Publish)
+    assert (publish.version, value_of(publish)) == (7, 7.0)
+
+
 def test_a_version_is_confirmed_in_its_state_once_the_server_says_so(scene: Scene) -> None:
     scene.offer(3)
     scene.server.next(Publish)
@@ -321,7 +360,7 @@ def test_who_waits_is_woken_by_the_answer(scene: Scene) -> None:
     assert confirmed == [True]
 
 
-# --- a learner that starts ---------------------------------------------------------------------------
+# --- newer weights -----------------------------------------------------------------------------------
 
 
 class Fetch:
@@ -330,9 +369,7 @@ class Fetch:
     def __init__(self, scene: Scene, version: int, timeout_s: float = DEADLINE_S) -> None:
         self._fetched: list[Weights | None] = []
         self._thread = threading.Thread(
-            target=lambda: self._fetched.append(
-                scene.publisher.fetch_newer(version, version * 640, "training", timeout_s)
-            )
+            target=lambda: self._fetched.append(scene.publisher.fetch_newer(version, timeout_s))
         )
         self._thread.start()
 
@@ -354,12 +391,9 @@ def weights(version: int, payload: Buffer | None) -> Weights:
     )
 
 
-def test_a_learner_that_starts_adopts_newer_weights(unstarted: Scene) -> None:
+def test_newer_weights_are_fetched(unstarted: Scene) -> None:
     unstarted.server.start()
     fetch = Fetch(unstarted, version=5)
-    announcement = unstarted.server.next(Publish)
-    assert (announcement.version, announcement.steps, announcement.payload) == (5, 3200, None)
-    unstarted.hold(9)
     pull = unstarted.server.next(Pull)
     assert (pull.sender, pull.have_version, pull.seats_for) == (LEARNER, 5, ())
     unstarted.server.answer(weights(9, safetensors.torch.save({"weight": torch.ones(2)})))
@@ -369,35 +403,23 @@ def test_a_learner_that_starts_adopts_newer_weights(unstarted: Scene) -> None:
     assert tensors_of(newer)["weight"].equal(torch.ones(2))
 
 
-@pytest.mark.parametrize("held", [5, 4, NO_VERSION])
-def test_a_learner_that_starts_keeps_its_own_weights_unless_the_server_has_newer_ones(
-    unstarted: Scene, held: int
-) -> None:
-    unstarted.server.start()
-    fetch = Fetch(unstarted, version=5)
-    unstarted.server.next(Publish)
-    unstarted.hold(held)
-    assert fetch.result() is None
-    assert unstarted.server.next_or_none(0.01) is None
-
-
-def test_a_learner_starts_without_a_server(unstarted: Scene) -> None:
+def test_nothing_is_fetched_from_a_server_that_is_not_there(unstarted: Scene) -> None:
     assert Fetch(unstarted, version=5, timeout_s=0.2).result() is None
     assert unstarted.publisher.trouble == "parameter server not reachable"
 
 
-def test_a_learner_starts_without_an_answer(unstarted: Scene) -> None:
+def test_nothing_is_fetched_from_a_server_that_does_not_answer(unstarted: Scene) -> None:
     unstarted.server.start()
     fetch = Fetch(unstarted, version=5, timeout_s=0.2)
-    unstarted.server.next(Publish)
+    unstarted.server.next(Pull)
     assert fetch.result() is None
     assert unstarted.publisher.trouble == "parameter server does not answer"
 
 
-def test_a_learner_that_is_refused_starts_and_says_why(unstarted: Scene) -> None:
+def test_who_is_refused_weights_says_why(unstarted: Scene) -> None:
     unstarted.server.start()
     fetch = Fetch(unstarted, version=5)
-    unstarted.server.next(Publish)
+    unstarted.server.next(Pull)
     unstarted.server.answer(Refusal(reason="run", text="run 'run'; this is run 'other'"))
     assert fetch.result() is None
     assert "this is run 'other'" in (unstarted.publisher.trouble or "")
@@ -406,8 +428,6 @@ def test_a_learner_that_is_refused_starts_and_says_why(unstarted: Scene) -> None
 def test_an_answer_without_weights_changes_nothing(unstarted: Scene) -> None:
     unstarted.server.start()
     fetch = Fetch(unstarted, version=5)
-    unstarted.server.next(Publish)
-    unstarted.hold(9)
     unstarted.server.next(Pull)
     unstarted.server.answer(weights(9, None))
     assert fetch.result() is None
@@ -463,49 +483,3 @@ def test_the_copy_from_a_gpu_holds_the_weights_of_the_moment_it_was_started() ->
         copier.start()
         network.weight.data.fill_(-1.0)
         assert safetensors.torch.load(copier.finish())["weight"].unique().tolist() == [number]
-
-
-# --- how many actors there are ---------------------------------------------------------------------
-
-
-def test_more_actors_are_believed_at_once_and_fewer_only_after_a_while(unstarted: Scene) -> None:
-    publisher = unstarted.publisher
-    for now_s, num_seats, believed in (
-        (0.0, 200, 200),
-        (2.0, 256, 256),
-        (4.0, 240, 256),
-        (63.0, 0, 256),  # the server was restarted
-        (64.1, 0, 240),  # 256 were there until 4.0
-        (65.0, 240, 240),
-        (123.0, 0, 240),
-        (182.9, 0, 240),
-        (183.1, 0, 0),
-        (183.2, 7, 7),
-    ):
-        publisher._count_actors(num_seats, now_s)
-        assert publisher.num_actors == believed, now_s
-
-
-def test_actors_that_were_there_before_the_server_fell_silent_are_not_forgotten(unstarted: Scene) -> None:
-    publisher = unstarted.publisher
-    publisher._count_actors(256, 0.0)
-    publisher._count_actors(0, 1000.0)
-    assert publisher.num_actors == 256
-    publisher._count_actors(0, 1060.1)
-    assert publisher.num_actors == 0
-
-
-def test_the_number_of_actors_comes_with_each_answer(scene: Scene) -> None:
-    scene.offer(1)
-    scene.server.next(Publish)
-    scene.hold(version=1, num_seats=200)
-    until(lambda: scene.publisher.num_actors == 200)
-
-
-def test_a_learner_that_starts_knows_at_once_how_many_actors_there_are(unstarted: Scene) -> None:
-    unstarted.server.start()
-    fetch = Fetch(unstarted, version=5)
-    unstarted.server.next(Publish)
-    unstarted.hold(5, num_seats=300)
-    assert fetch.result() is None
-    assert unstarted.publisher.num_actors == 300

@@ -61,7 +61,7 @@ class Scene:
         until(lambda: self.log._writer is None, "all that waits is written")
 
     def restored(self) -> list[int]:
-        return numbers(ReplayLog(self.directory, self.capacity).restore())
+        return numbers(ReplayLog(self.directory, self.capacity).restore().items)
 
     @property
     def segments(self) -> list[Path]:
@@ -82,7 +82,7 @@ def told(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, object]
 
 
 def test_without_a_directory_there_is_nothing_to_restore(scene: Scene) -> None:
-    assert list(scene.log.restore()) == []
+    assert list(scene.log.restore().items) == []
     assert not scene.directory.exists()
 
 
@@ -125,7 +125,7 @@ def test_what_was_restored_is_not_written_again(scene: Scene) -> None:
     scene.log.close()
     before = {path: path.stat().st_mtime_ns for path in scene.segments}
     scene.restart()
-    assert numbers(scene.log.restore()) == list(range(100))
+    assert numbers(scene.log.restore().items) == list(range(100))
     scene.append(range(100, 110))
     scene.log.close()
     after = {path: path.stat().st_mtime_ns for path in scene.segments}
@@ -160,14 +160,14 @@ def test_large_items_make_segments_of_a_bounded_size(tmp_path: Path) -> None:
         "segment-00000001-000004.replay",
         "segment-00000002-000001.replay",
     ]
-    assert numbers(scene.log.restore(), size) == list(range(9))
+    assert numbers(scene.log.restore().items, size) == list(range(9))
 
 
 def test_an_empty_item_is_an_item(scene: Scene) -> None:
     for one in (b"", b"a", b""):
         scene.log.append(one)
     scene.log.close()
-    assert list(scene.log.restore()) == [b"", b"a", b""]
+    assert list(scene.log.restore().items) == [b"", b"a", b""]
 
 
 CHILD = """
@@ -176,7 +176,7 @@ from pathlib import Path
 from services.learner.replay_log import ReplayLog
 
 log = ReplayLog(Path(sys.argv[1]), 3200)
-begin = max((int.from_bytes(item[:4], "big") for item in log.restore()), default=-1) + 1
+begin = max((int.from_bytes(item[:4], "big") for item in log.restore().items), default=-1) + 1
 for number in range(begin, 1 << 30):
     log.append(number.to_bytes(4, "big") * 50)
     while len(log._waiting) == 4:
@@ -195,11 +195,61 @@ def test_processes_that_are_killed_while_they_write_leave_whole_items_without_a_
         finally:
             child.kill()
             child.wait()
-        restored = list(ReplayLog(tmp_path, 3200).restore())
+        restored = list(ReplayLog(tmp_path, 3200).restore().items)
         begin = int.from_bytes(restored[0][:4], "big")
         assert restored == [n.to_bytes(4, "big") * 50 for n in range(begin, begin + len(restored))]
         assert begin + len(restored) >= end + 500
         end = begin + len(restored)
+
+
+# --- the state of the draws -------------------------------------------------------------------------
+
+
+def drawn(scene: Scene, which: Iterable[int]) -> None:
+    """As a memory does whose state changes with every item."""
+    for number in which:
+        scene.log.append(item(number), lambda: b"after %d" % number)  # noqa: B023
+    scene.settle()
+
+
+def state(scene: Scene) -> bytes:
+    return ReplayLog(scene.directory, scene.capacity).restore().draws
+
+
+@pytest.mark.parametrize("num_items", [1, 9, 10, 11, 35])
+def test_the_state_of_the_draws_is_that_of_the_newest_item(scene: Scene, num_items: int) -> None:
+    drawn(scene, range(num_items))
+    scene.log.close()
+    assert state(scene) == b"after %d" % (num_items - 1)
+    assert scene.restored() == list(range(num_items))
+
+
+def test_after_a_kill_the_state_is_that_of_the_newest_item_on_the_disk(scene: Scene) -> None:
+    drawn(scene, range(25))
+    assert (scene.restored()[-1], state(scene)) == (19, b"after 19")
+
+
+def test_without_anything_on_the_disk_there_is_no_state(scene: Scene) -> None:
+    assert state(scene) == b""
+    drawn(scene, range(9))
+    assert state(scene) == b""
+
+
+def test_a_state_that_is_cut_off_is_none_and_costs_no_item(scene: Scene) -> None:
+    drawn(scene, range(20))
+    newest = scene.segments[-1]
+    whole = newest.read_bytes()
+    for length in range(len(whole) - len(b"after 19") - 8, len(whole)):
+        newest.write_bytes(whole[:length])
+        assert (scene.restored(), state(scene)) == (list(range(20)), b"")
+
+
+def test_segments_from_before_there_was_a_state_are_read_all_the_same(scene: Scene) -> None:
+    scene.append(range(20))
+    scene.settle()
+    for path in scene.segments:
+        path.write_bytes(path.read_bytes()[:-8])
+    assert (scene.restored(), state(scene)) == (list(range(20)), b"")
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -220,7 +270,7 @@ def test_damage_to_any_byte_costs_the_rest_of_its_segment_and_nothing_else(three
     starts = [len(MAGIC)]
     for number in range(10, 20):
         starts.append(starts[-1] + 8 + len(item(number)))
-    assert starts[-1] == len(whole)
+    assert starts[-1] + 8 == len(whole), "after its items comes the state of the draws, which is empty"
     for at in range(0, len(whole), 3):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
         good = max(0, sum(start <= at for start in starts) - 1)
@@ -257,7 +307,7 @@ def test_the_log_says_in_one_line_how_much_came_back_and_what_is_damaged(
     three_segments.restored()
     assert told(caplog, "replay_restored") == [{"items": 30, "damaged": None}]
     caplog.clear()
-    third.write_bytes(third.read_bytes()[:-1])
+    third.write_bytes(third.read_bytes()[:-9])
     second.unlink()
     second.mkdir()
     assert three_segments.restored() == [*range(10), *range(20, 29)]
@@ -382,7 +432,7 @@ def test_a_directory_that_cannot_be_made_is_counted_and_told(
 ) -> None:
     (tmp_path / "run").write_text("a file where a directory should be")
     scene = Scene(tmp_path / "run" / "replay")
-    assert list(scene.log.restore()) == []
+    assert list(scene.log.restore().items) == []
     scene.append(range(10))
     scene.settle()
     assert scene.log.num_lost == 10

@@ -39,6 +39,7 @@ def figures(**changes: Any) -> Figures:
         "popart_mean": (),
         "popart_sigma": (),
         "task_steps": (640,),
+        "total_task_steps": (640,),
     }
     return Figures(**values | changes)
 
@@ -236,7 +237,7 @@ def test_tensorboard_finds_every_figure_at_its_step(scene: Scene) -> None:
 # --- several tasks -----------------------------------------------------------------------------------
 
 GAMES = {"breakout": "ALE/Breakout-v5", "pong": "PongNoFrameskip-v4", "skiing": "ALE/Skiing-v5"}
-TASK_STEPS = (100, 20, 0)
+BY_TASK = {"task_steps": (100, 20, 0), "total_task_steps": (1200, 1040, 0)}
 
 
 def several(run_dir: Path, task_ids: Mapping[str, str] = GAMES) -> Scene:
@@ -248,11 +249,11 @@ def test_a_task_counts_alike_however_many_episodes_it_ends(tmp_path: Path) -> No
     scene.episodes.add(0, episode(30.0, length=50))
     for _ in range(9):
         scene.episodes.add(1, episode(-10.0, length=20))
-    line = scene.report(640, figures=figures(task_steps=TASK_STEPS))
+    line = scene.report(640, figures=figures(**BY_TASK))
     assert (line["episode_return"], line["episode_length"], line["interval_return"]) == (10.0, 35.0, 10.0)
     assert (line["episodes"], line["interval_episodes"], line["interval_return_max"]) == (10, 10, 30.0)
     scene.episodes.add(1, episode(-10.0, length=20))
-    line = scene.report(640, figures=figures(task_steps=TASK_STEPS))
+    line = scene.report(640, figures=figures(**BY_TASK))
     assert (line["episode_return"], line["interval_return"], line["interval_episodes"]) == (10.0, -10.0, 1)
 
 
@@ -261,21 +262,21 @@ def test_a_line_says_how_each_task_goes(tmp_path: Path) -> None:
     scene.episodes.add(0, episode(318.5, length=50))
     scene.episodes.add(1, episode(-4.05, length=20))
     scene.episodes.add(1, episode(-2.05, length=40))
-    scene.report(640, figures=figures(task_steps=TASK_STEPS))
-    line = scene.report(1280, figures=figures(task_steps=TASK_STEPS))
+    scene.report(640, figures=figures(**BY_TASK))
+    line = scene.report(1280, figures=figures(**BY_TASK))
     assert line["tasks"] == {
         "breakout": {
             "episode_return": 318.5,
             "episode_length": 50.0,
             "episodes": 1,
-            "steps": 200,
+            "steps": 1200,
             "human_normalised": pytest.approx(1100.0),
         },
         "pong": {
             "episode_return": pytest.approx(-3.05),
             "episode_length": 30.0,
             "episodes": 2,
-            "steps": 40,
+            "steps": 1040,
             "human_normalised": pytest.approx(50.0),
         },
         "skiing": {
@@ -299,12 +300,10 @@ def test_a_suite_has_scores_once_all_of_its_tasks_have_one(tmp_path: Path) -> No
     scene = several(tmp_path)
     scene.episodes.add(0, episode(318.5))  # 1100 %
     scene.episodes.add(1, episode(-3.05))  # 50 %
-    assert suite(scene.report(640, figures=figures(task_steps=TASK_STEPS))) == [None] * 4
+    assert suite(scene.report(640, figures=figures(**BY_TASK))) == [None] * 4
     assert scene.gauge("suite_human_normalised_score", statistic="mean", capped="false") is None
     scene.episodes.add(2, episode(-29859.3))  # -100 %
-    assert suite(scene.report(640, figures=figures(task_steps=TASK_STEPS))) == pytest.approx(
-        [350.0, 50.0, 50 / 3, 50.0]
-    )
+    assert suite(scene.report(640, figures=figures(**BY_TASK))) == pytest.approx([350.0, 50.0, 50 / 3, 50.0])
     assert {
         (statistic, capped): scene.gauge("suite_human_normalised_score", statistic=statistic, capped=capped)
         for statistic in ("mean", "median")
@@ -321,7 +320,7 @@ def test_of_tasks_that_the_table_does_not_know_nothing_is_normalised(tmp_path: P
     scene = several(tmp_path, {"catch": "catch", "pong": "pong"})
     scene.episodes.add(0, episode(1.0))
     scene.episodes.add(1, episode(14.6))
-    line = scene.report(640, figures=figures(task_steps=(1, 1)))
+    line = scene.report(640, figures=figures(task_steps=(1, 1), total_task_steps=(1, 1)))
     assert not [key for key in line if key.startswith("human_normalised")]
     assert "human_normalised" not in line["tasks"]["catch"]
     assert line["tasks"]["pong"]["human_normalised"] == pytest.approx(100.0)
@@ -335,7 +334,7 @@ def test_every_task_has_its_gauges_and_its_counter(tmp_path: Path) -> None:
     scene.episodes.add(0, episode(318.5, length=50))
     statistics = {"popart_mean": (1.0, 2.0, 3.0), "popart_sigma": (4.0, 5.0, 6.0)}
     for _ in range(2):
-        scene.report(640, figures=figures(task_steps=TASK_STEPS, **statistics))
+        scene.report(640, figures=figures(**BY_TASK, **statistics))
     assert [scene.gauge("learner_task_steps_total", task=task) for task in GAMES] == [200, 40, 0]
     assert [scene.gauge("popart_mean", task=task) for task in GAMES] == [1.0, 2.0, 3.0]
     assert [scene.gauge("popart_sigma", task=task) for task in GAMES] == [4.0, 5.0, 6.0]
@@ -349,11 +348,11 @@ def test_every_task_has_its_gauges_and_its_counter(tmp_path: Path) -> None:
 def test_tensorboard_finds_every_task(tmp_path: Path) -> None:
     scene = several(tmp_path)
     scene.episodes.add(1, episode(-3.05, length=30))
-    scene.report(640, figures=figures(task_steps=TASK_STEPS))
+    scene.report(640, figures=figures(**BY_TASK))
     shown = {value.tag: value.simple_value for value in scene.events()[-1].summary.value}
     assert shown["task/pong/episode_return"] == pytest.approx(-3.05)
     assert shown["task/pong/human_normalised"] == pytest.approx(50.0, rel=1e-6)
-    assert shown["task/breakout/steps"] == 100
+    assert shown["task/breakout/steps"] == 1200
     assert "task/breakout/episode_return" not in shown
     assert "tasks" not in shown
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from services import config as configuration
 from services.config import RunConfig
-from services.learner.__main__ import account_for, adopt
+from services.learner.__main__ import adopt, catch_up
 from services.learner.checkpoint import to_host
-from services.learner.episodes import Episodes
-from services.learner.group import Group
-from services.learner.publisher import WeightsCopier
+from services.learner.publisher import Publisher, WeightsCopier
 from services.learner.trainer import Trainer
 from services.rl.actions import Discrete
 from services.rl.envs import env_spec
@@ -36,7 +34,6 @@ def trainer(run: RunConfig) -> Trainer:
         frame_stack=spec.frame_stack,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        group=Group(),
     )
 
 
@@ -45,8 +42,7 @@ def step(learning: Trainer) -> None:
     for parameter in learning.network.parameters():
         parameter.grad = torch.ones_like(parameter)
     learning.optimiser.step()
-    learning.version += 1
-    learning.steps += 640
+    learning.load(learning.network.state_dict(), learning.version + 1, learning.steps + 640)
 
 
 def trained(run: RunConfig) -> dict[str, Any]:
@@ -146,28 +142,25 @@ def test_newer_weights_bring_their_version_their_steps_and_the_statistics_of_the
     assert averages.equal(checkpoint["optimiser"]["state"][0]["square_avg"]), "these are the checkpoint's"
 
 
+def test_newer_weights_that_cannot_be_had_leave_only_their_number(caplog: pytest.LogCaptureFixture) -> None:
+    """What the server's actors play by them would else look as if it came from the future."""
+
+    class Silent:
+        def fetch_newer(self, version: int, timeout_s: float) -> Weights | None:
+            return None
+
+    learning = trainer(config())
+    step(learning)
+    before = to_host(learning.state_dict())
+    catch_up(config(), learning, cast(Publisher, Silent()), version=9)
+    assert (learning.version, learning.steps) == (9, 640)
+    assert all(now.equal(before["network"][name]) for name, now in learning.network.state_dict().items())
+    assert "newer_weights_missed" in [record.getMessage() for record in caplog.records]
+
+
 def test_newer_weights_of_another_network_are_refused_by_the_name_of_the_run() -> None:
     other = configuration.validate(BEFORE | {"network": {"hidden_size": 9}, "run_id": "mine"})
     learning = trainer(config())
     with pytest.raises(ValueError, match=r"run_id = 'mine': .* version 0, which does not fit"):
         adopt(other, learning, published(trainer(other)))
     assert (learning.version, learning.steps) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("known", "steps", "wanted"),
-    [
-        ([640], 1920, [1920]),
-        ([0, 0], 7, [4, 3]),
-        ([100, 200, 0], 305, [102, 202, 1]),
-        ([100, 200], 300, [100, 200]),
-        ([100, 200], 250, [100, 200]),
-    ],
-)
-def test_steps_that_no_report_knew_of_are_spread_over_the_tasks(
-    known: list[int], steps: int, wanted: list[int]
-) -> None:
-    episodes = Episodes(["x"] * len(known))
-    episodes.trained(known)
-    account_for(steps, episodes)
-    assert [task.steps for task in episodes.take()] == wanted

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from services.config import ActorConfig, LearnerConfig, LossConfig, NetworkConfig, OptimiserConfig, RunConfig
 from services.learner.batch import Batch
-from services.learner.group import Group
 from services.learner.optimiser import clip_or_zero, make_optimiser
 from services.learner.trainer import Trainer, TrainingDivergedError
 from services.rl.actions import Discrete
@@ -80,7 +79,6 @@ def make_trainer(config: RunConfig, spec: EnvSpec = VECTORS, seed: int = 1) -> T
         frame_stack=spec.frame_stack,
         device=CPU,
         dtype=torch.float32,
-        group=Group(),
     )
 
 
@@ -330,7 +328,8 @@ def test_it_is_counted_as_an_update_and_left_out_of_the_figures() -> None:
     figures = guarded.read_figures()
     assert (figures.updates, figures.nonfinite_updates) == (2, 1)
     assert figures.task_steps == (2 * STEPS,), "they are trained, for the schedule"
-    assert replace(figures, updates=1, nonfinite_updates=0, task_steps=wanted.task_steps) == wanted
+    uncounted = replace(wanted, updates=2, nonfinite_updates=1, task_steps=(2 * STEPS,))
+    assert figures == replace(uncounted, total_task_steps=(2 * STEPS,))
     assert guarded.version == 2
 
 
@@ -455,12 +454,14 @@ def test_a_state_of_another_network_is_refused_before_anything_is_counted() -> N
     assert (trainer.version, trainer.steps) == (0, 0)
 
 
-def test_loading_weights_replaces_them_and_nothing_else() -> None:
+def test_loading_weights_replaces_them_and_the_counters_and_nothing_else() -> None:
     trainer, other = make_trainer(run_config()), make_trainer(run_config(), seed=2)
     trainer.update(make_batch())
-    trainer.load(other.network.state_dict())
+    averages = trainer.optimiser.state_dict()["state"][0]["square_avg"].clone()
+    trainer.load(other.network.state_dict(), version=7, steps=10 * STEPS)
     assert same(weights(trainer), weights(other))
-    assert (trainer.version, trainer.steps) == (1, STEPS)
+    assert (trainer.version, trainer.steps) == (7, 10 * STEPS)
+    assert trainer.optimiser.state_dict()["state"][0]["square_avg"].equal(averages)
 
 
 def test_on_a_cpu_a_batch_is_already_where_it_belongs() -> None:
@@ -490,7 +491,6 @@ def test_in_bfloat16_an_update_is_close_to_one_in_float32() -> None:
             frame_stack=4,
             device=CPU,
             dtype=dtype,
-            group=Group(),
         )
         trainer.update(make_batch(spec=IMAGES))
         assert all(parameter.dtype == torch.float32 for parameter in trainer.network.parameters())

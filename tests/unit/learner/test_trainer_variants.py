@@ -22,7 +22,6 @@ from services import config as configuration
 from services.config import RunConfig
 from services.learner.batch import Batch
 from services.learner.checkpoint import CheckpointStore, read
-from services.learner.group import Group
 from services.learner.publisher import WeightsCopier, tensors_of
 from services.learner.trainer import Trainer
 from services.ops.metrics import LearnerMetrics
@@ -67,7 +66,6 @@ def make_trainer(run: RunConfig, seed: int = 1) -> Trainer:
         frame_stack=1,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        group=Group(),
     )
 
 
@@ -178,7 +176,48 @@ def test_steps_are_counted_for_the_task_of_each_column() -> None:
     trainer.update(make_batch((0, 1, 1, 1)))
     trainer.update(make_batch((1, 1, 0, 1)))
     assert trainer.read_figures().task_steps == (2 * T, 6 * T)
-    assert trainer.read_figures().task_steps == (0, 0), "since the last report"
+    figures = trainer.read_figures()
+    assert figures.task_steps == (0, 0), "since the last report"
+    assert figures.total_task_steps == (2 * T, 6 * T)
+
+
+def test_steps_of_each_task_travel_with_the_state_that_another_learner_takes_over() -> None:
+    holder, joiner = make_trainer(config()), make_trainer(config())
+    for trainer, tasks in ((holder, (0, 1, 1, 1)), (joiner, (0, 0, 0, 0)), (joiner, (0, 0, 0, 0))):
+        trainer.update(make_batch(tasks))
+    joiner.load_state_dict(holder.state_dict())
+    joiner.update(make_batch((0, 0, 1, 1)))
+    figures = joiner.read_figures()
+    assert figures.total_task_steps == (3 * T, 5 * T)
+    assert joiner.steps == 8 * T
+    assert holder.read_figures().total_task_steps == (T, 3 * T), "the state is a copy"
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(0, (0, 0)), (48, (24, 24)), (53, (27, 26))])
+def test_steps_of_which_only_the_number_is_known_are_spread_over_the_tasks(
+    steps: int, wanted: tuple[int, int]
+) -> None:
+    trainer = make_trainer(config())
+    trainer.load(trainer.network.state_dict(), version=9, steps=steps)
+    assert (trainer.version, trainer.steps) == (9, steps)
+    assert trainer.read_figures().total_task_steps == wanted
+    trainer.update(make_batch((1, 1, 1, 1)))
+    trainer.load(trainer.network.state_dict(), version=11, steps=steps + 6 * T)
+    assert trainer.read_figures().total_task_steps == (wanted[0] + T, wanted[1] + 5 * T)
+
+
+def test_a_state_without_steps_of_tasks_has_them_spread() -> None:
+    state = make_trainer(config()).state_dict() | {"steps": 7}
+    del state["task_steps"]
+    trainer = make_trainer(config())
+    trainer.load_state_dict(state)
+    assert trainer.read_figures().total_task_steps == (4, 3)
+
+
+def test_a_state_of_another_number_of_tasks_is_refused() -> None:
+    state = make_trainer(config()).state_dict() | {"task_steps": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="3 tasks, this run 2"):
+        make_trainer(config()).load_state_dict(state)
 
 
 # -------------------------------------------------------------------------------------------------- PopArt
@@ -235,7 +274,7 @@ def test_without_popart_the_statistics_stay_where_they_are() -> None:
 def test_values_move_with_the_optimiser_and_not_with_the_statistics() -> None:
     """With a learning rate of zero nothing is learnt, however far the statistics move."""
     trainer = make_trainer(config(**POPART))
-    trainer.steps = 1000  # all of them
+    trainer.load(trainer.network.state_dict(), version=0, steps=1000)  # all of them
     assert trainer.learning_rate == 0.0
     before = [values(trainer, task) for task in range(NUM_TASKS)]
     for seed in range(20):
@@ -250,7 +289,7 @@ def test_the_statistics_are_in_the_checkpoint_to_the_last_bit(tmp_path: Path) ->
     uninterrupted = make_trainer(run)
     for seed in range(4):
         uninterrupted.update(make_batch((0, 1, 1, seed % 2), seed=seed))
-    store = CheckpointStore(tmp_path, keep=1, metrics=LearnerMetrics(CollectorRegistry()))
+    store = CheckpointStore(tmp_path, 1, LearnerMetrics(CollectorRegistry()), "learner-0")
     store.save(trainer=uninterrupted.state_dict(), episodes={"mean_return": None}, config={}, complete=False)
     until(lambda: store.saved_steps == uninterrupted.steps)
     (path,) = tmp_path.glob("step-*.pt")
@@ -288,12 +327,13 @@ def test_published_weights_bring_the_scale_that_their_baselines_are_on() -> None
     for seed in range(10):
         ahead.update(make_batch((0, 1, 1, 1), seed=seed))
     tensors = tensors_of(published(ahead))
-    behind.load(tensors)
+    behind.load(tensors, version=3, steps=0)
     for task in range(NUM_TASKS):
         assert values(behind, task).equal(values(ahead, task))
     # A head without its scale would be worth something else.
     own = make_trainer(run).network.state_dict()
-    behind.load(tensors | {name: tensor for name, tensor in own.items() if name.endswith("_K")})
+    scaled = tensors | {name: tensor for name, tensor in own.items() if name.endswith("_K")}
+    behind.load(scaled, version=3, steps=0)
     for task in range(NUM_TASKS):
         assert (values(behind, task) - values(ahead, task)).abs().min() > 1.0
 

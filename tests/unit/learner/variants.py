@@ -13,7 +13,6 @@ import torch
 from services import config as configuration
 from services.config import RunConfig
 from services.learner.batch import Batch
-from services.learner.group import Group
 from services.learner.trainer import Trainer
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec
@@ -85,7 +84,6 @@ class Variant:
             frame_stack=self.spec.frame_stack,
             device=torch.device(device),
             dtype=dtype,
-            group=Group(),
         )
 
     def make_batch(self) -> Batch:

@@ -9,6 +9,7 @@ things up in a table gives every observation a known value and every gradient te
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -20,9 +21,9 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor, nn
 
 from services.actor.loop import ActorLoop, Half
+from services.actor.stages import Stages
 from services.config import PopArtConfig, RunConfig
 from services.learner.batch import Batch, Batcher, rollout_schema
-from services.learner.group import Group
 from services.learner.intake import Freshness, Intake, RolloutQueue
 from services.learner.trainer import Trainer
 from services.ops.health import Heartbeat
@@ -33,7 +34,7 @@ from services.rl.networks import ActorCritic, Inputs, PolicyOutput
 from services.rl.policy import Policy
 from services.rl.popart import PopArt
 from services.wire import codec
-from services.wire.messages import Buffer, Client, Episode, Rollout, RunState
+from services.wire.messages import Buffer, Client, Destination, Episode, Rollout, RunState
 from services.wire.sockets import RolloutReceiver, RolloutSender
 from services.wire.subscriber import Snapshot, Subscriber
 
@@ -193,7 +194,6 @@ def make_trainer(network: nn.Module, config: RunConfig, frame_stack: int) -> Tra
         frame_stack=frame_stack,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        group=Group(),
     )
 
 
@@ -201,15 +201,26 @@ def make_trainer(network: nn.Module, config: RunConfig, frame_stack: int) -> Tra
 
 
 class Outbox:
-    """Stands for the socket: keeps what is sent as other memory, and stops the actor after ``stop_after``."""
+    """Stands for the sockets, and for one learner that always has room.
+
+    Keeps what is sent as other memory, and stops the actor after ``stop_after``.
+    """
 
     def __init__(self, stop_after: int, stopping: threading.Event) -> None:
         self.messages: list[list[Buffer]] = []
+        self.sequence = 0
         self._stop_after = stop_after
         self._stopping = stopping
 
-    def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+    def follow(self, learners: Sequence[Destination]) -> None:
+        """There is none but us."""
+
+    def choose(self, timeout_s: float) -> Outbox | None:
+        return self
+
+    def send(self, frames: Sequence[Buffer]) -> bool:
         self.messages.append([bytes(frame) for frame in frames])
+        self.sequence += 1
         if len(self.messages) == self._stop_after:
             self._stopping.set()
         return True
@@ -221,6 +232,7 @@ class HeldWeights:
 
     newest: Snapshot[Mapping[str, Tensor]] | None = None
     state: RunState = "training"
+    learners: tuple[Destination, ...] = ()
 
 
 def actor_loop(
@@ -232,17 +244,21 @@ def actor_loop(
     metrics: ActorMetrics | None = None,
     may_go_on: Callable[[], bool] = lambda: True,
     max_rollouts: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    packer: codec.Packer | None = None,
 ) -> ActorLoop:
     """The real loop around hand-written neighbours."""
+    metrics = metrics or ActorMetrics(CollectorRegistry())
     return ActorLoop(
         halves=halves,
         policy=cast(Policy, policy),
         weights=cast(Subscriber[Mapping[str, Tensor]], weights or HeldWeights()),
         sender=cast(RolloutSender, sender),
-        packer=codec.Packer("zstd"),
+        packer=packer or codec.Packer("zstd"),
         run_id=RUN,
         client=Client(client_id="actor-0", incarnation=7),
-        metrics=metrics or ActorMetrics(CollectorRegistry()),
+        metrics=metrics,
+        stages=Stages(metrics, clock),
         heartbeat=Heartbeat(),
         may_go_on=may_go_on,
         stopping=stopping,
@@ -296,7 +312,6 @@ class LearnerEnd:
             queue=rollouts,
             freshness=freshness,
             on_episode=lambda _task, episode: self.episodes.append(episode),
-            count_gaps=True,
             metrics=metrics,
             stopping=stopping,
         )

@@ -151,8 +151,8 @@ def loss_of(
 
 
 def values_of(loss: Loss) -> dict[str, float]:
-    """The scalars."""
-    names = {field.name for field in fields(loss)} - {"targets_TB", "counts_TB"}
+    """The terms and figures."""
+    names = {field.name for field in fields(loss)} - {"targets_TB", "counts_TB", "num_steps"}
     return {name: getattr(loss, name).item() for name in names}
 
 
@@ -219,6 +219,7 @@ def test_each_term_equals_an_independent_computation(
             steps += 1
     scale = steps if config.reduction == "mean" else 1
     loss, _ = loss_of(case, config, trust_region)
+    assert loss.num_steps.item() == steps
     assert values_of(loss) == pytest.approx(
         {
             "total": (policy + baseline - config.entropy_cost * fresh_entropy) / scale,

@@ -98,6 +98,30 @@ def test_the_generator_decides_what_is_drawn() -> None:
     assert filled(50, 60, seed=1).sample(20) != filled(50, 60, seed=2).sample(20)
 
 
+@pytest.mark.parametrize("num_added", [1, 7, 50, 60, 149])
+def test_a_memory_that_is_filled_again_and_given_the_state_draws_on(num_added: int) -> None:
+    original = filled(50, num_added)
+    for count in range(1, min(num_added, 20)):
+        original.sample(count)
+    again = filled(50, 0, seed=2)
+    for number in range(max(0, num_added - 50), num_added):
+        again.add(item(number))
+    again.continue_draws(original.draws())
+    for number in range(num_added, num_added + 60):
+        count = min(len(original), 5)
+        assert original.sample(count) == again.sample(count)
+        original.add(item(number))
+        again.add(item(number))
+
+
+@pytest.mark.parametrize("state", [b"", b"{}", b"[1]", b'{"bit_generator": "MT19937"}', b"\xff", b'"PCG64"'])
+def test_what_is_no_state_of_the_draws_is_refused_and_changes_nothing(state: bytes) -> None:
+    memory = filled(50, 60)
+    with pytest.raises(ValueError, match="no state of PCG64"):
+        memory.continue_draws(state)
+    assert memory.sample(20) == filled(50, 60).sample(20)
+
+
 def surprise(drawn: Iterable[Hashable], num_outcomes: int) -> float:
     """Standard deviations by which chi-square exceeds its mean, were all outcomes equally likely."""
     counts = Counter(drawn)
