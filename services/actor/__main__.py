@@ -37,6 +37,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     import torch
 
     from services.actor.loop import ActorLoop, Half
+    from services.actor.stages import Stages
     from services.rl import precision
     from services.rl.actions import Discrete
     from services.rl.networks import make_network
@@ -59,6 +60,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
 
     registry = CollectorRegistry()
     metrics = ActorMetrics(registry)
+    stages = Stages(metrics)
     heartbeat = Heartbeat()
     client = Client(client_id=actor_id, incarnation=time.time_ns())
     expected = codec.Expected(run_id=config.run_id, max_message_bytes=config.wire.max_message_bytes)
@@ -89,6 +91,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     while snapshot is None and not lifecycle.stopping.is_set():
         heartbeat.beat()  # alive, though not ready: a missing peer is waited for
         snapshot = weights.wait(POLL_S)
+        stages.end("weights")
     if snapshot is not None:
         seat = weights.seat  # read once: it is another thread's to change
         policy = Policy(
@@ -122,6 +125,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
         seeds = env_seeds(config, seat)
         builders = [partial(build, *each) for each in zip(dealt, seeds, strict=True)]
         halves = build_beside(lifecycle, heartbeat, builders)
+        stages.end("start")
         log.info(
             "playing",
             seat=seat,
@@ -129,9 +133,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             tasks=len({*dealt[0].tasks, *dealt[1].tasks}),
             policy_version=policy.version,
         )
-        sender = RolloutSender(
-            config.wire.learner_endpoints, config.wire.send_queue, config.wire.max_message_bytes, keys
-        )
+        sender = RolloutSender(config.wire.send_queue, config.wire.max_message_bytes, keys)
         loop = ActorLoop(
             halves=halves,
             policy=policy,
@@ -141,6 +143,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
             run_id=config.run_id,
             client=client,
             metrics=metrics,
+            stages=stages,
             heartbeat=heartbeat,
             may_go_on=lambda: deals_alike(config, len(tasks), seat, weights.seat),
             stopping=lifecycle.stopping,

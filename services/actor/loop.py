@@ -1,9 +1,10 @@
 """The actor's loop: environments x policy -> rollouts.
 
-    consumes   weights (the newest that ``wire.subscriber`` holds), read once per unroll
+    consumes   weights (the newest that ``wire.subscriber`` holds), read once per unroll, and the list of the
+               learners, read before each rollout is sent and again and again while none has room
     produces   one ``Rollout`` per environment and unroll, pushed to whichever learner has room
-    waits for  an environment half to finish its step; a learner to have room (counted as send_blocked)
-    may drop   the unroll in hand, when the pod stops
+    waits for  an environment half to finish its step; a learner to come or to have room (``stages`` counts)
+    may drop   the unroll in hand, when the pod stops; what a learner has not read when it leaves
 
 The vector of environments plays in two halves that take turns: while one half steps, on threads or in
 processes of its own, the policy acts for the other. The halves are in step with each other, so when the
@@ -11,28 +12,30 @@ first one ends its unroll no inference is pending anywhere and the weights can b
 exactly one policy version.
 
 Beside ``learner/batch.py`` this is the only place where the words of ``wire`` and of ``rl`` meet for
-rollouts. Every array of a rollout is its own memory, never written again, so sending needs no copy.
+rollouts. Every array of a rollout is its own memory, never written again: it may wait for a learner while the
+other half of the environments steps on.
 Shapes: N environments of one half, T unroll length, F = frame_stack - 1 + T + 1 frames, A policy outputs.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.actor.stages import Stages
 from services.ops.health import Heartbeat
 from services.ops.metrics import ActorMetrics
 from services.rl.envs import EnvSpec, Transition, VectorEnv
 from services.rl.policy import Memory, Policy
 from services.wire import codec
 from services.wire.messages import NO_VERSION, Client, Episode, PackedArray, Rollout
-from services.wire.sockets import RolloutSender
+from services.wire.sockets import LearnerConnection, RolloutSender
 from services.wire.subscriber import Subscriber
 
 SEND_POLL_S = 0.25
@@ -73,7 +76,7 @@ class Half:
         self._begin_memory()
 
     def _allocate(self) -> None:
-        # Fresh memory for every unroll: sent rollouts share it with the socket until they have left.
+        # Fresh memory for every unroll: packed rollouts share it until they are sent.
         N, T, F = self.env.num_envs, self._length, self._history + self._length + 1
         self.t = 0
         self.policy_version = NO_VERSION
@@ -189,6 +192,7 @@ class ActorLoop:
         run_id: str,
         client: Client,
         metrics: ActorMetrics,
+        stages: Stages,
         heartbeat: Heartbeat,
         may_go_on: Callable[[], bool],
         stopping: threading.Event,
@@ -202,14 +206,12 @@ class ActorLoop:
         self._run_id = run_id
         self._client = client
         self._metrics = metrics
+        self._stages = stages
         self._heartbeat = heartbeat
         self._may_go_on = may_go_on
         self._stopping = stopping
         self._max_rollouts = max_rollouts
-        self._sequence = 0
-        self._seconds = {
-            stage: metrics.seconds.labels(stage) for stage in ("env", "inference", "send_blocked", "weights")
-        }
+        self._sent = 0
 
     def run(self) -> None:
         """Play. The policy must hold weights already."""
@@ -218,72 +220,87 @@ class ActorLoop:
         first = self._halves[0]
         for half in self._halves:
             half.act(self._policy)
+        self._stages.end("inference")
         while not self._stopping.is_set():
             self._heartbeat.beat()
             if self._weights.state == "complete":  # nobody trains on what would be played now
                 if self._max_rollouts is not None:
                     return
-                self._stopping.wait(IDLE_S)
+                self._idle()
                 continue
             for half in self._halves:
-                waited_s = time.perf_counter()
                 transition = half.env.recv()
-                self._seconds["env"].inc(time.perf_counter() - waited_s)
                 self._metrics.episodes.inc(half.record(transition))
                 self._metrics.env_steps.inc(half.env.num_envs)
+                self._stages.end("env")
                 if half.full:
                     if not self._ship(half) or self.has_sent_all:
                         return
                     half.begin_unroll()
+                    self._stages.end("pack")
                     if half is first:
                         self._refresh_weights()
                         if not self._may_go_on():
                             return
-                acting_s = time.perf_counter()
                 half.act(self._policy)
-                self._seconds["inference"].inc(time.perf_counter() - acting_s)
+                self._stages.end("inference")
 
     @property
     def has_sent_all(self) -> bool:
         """Whether it has sent as many rollouts as it was to send; never if it has no end."""
-        return self._max_rollouts is not None and self._sequence >= self._max_rollouts
+        return self._max_rollouts is not None and self._sent >= self._max_rollouts
+
+    def _idle(self) -> None:
+        self._sender.follow(self._weights.learners)
+        self._stopping.wait(IDLE_S)
+        self._stages.end("idle")
 
     def _refresh_weights(self) -> None:
-        started_s = time.perf_counter()
         newest = self._weights.newest
         if newest is not None and newest.version != self._policy.version:
             self._policy.load(newest.version, newest.weights)
             self._metrics.weights_version.set(newest.version)
-        self._seconds["weights"].inc(time.perf_counter() - started_s)
+        self._stages.end("weights")
 
     def _ship(self, half: Half) -> bool:
-        """Push every environment's rollout; False if the pod stops before all have found a learner."""
+        """Push every environment's rollout; False if it is to stop before all have found a learner."""
         for n in range(half.env.num_envs):
-            frames = codec.encode(self._rollout(half, n))
-            blocked_s = time.perf_counter()
-            while not self._sender.send(frames, SEND_POLL_S):
-                blocked_s = self._count_blocked(blocked_s)
-                self._heartbeat.beat()  # waiting for a learner is not being stuck
-                if self._stopping.is_set():
-                    self._metrics.rollouts_dropped.labels("stopping").inc(half.env.num_envs - n)
+            rollout = self._rollout(half, n)
+            while True:
+                self._stages.end("pack")
+                learner = self._await_room()
+                if learner is None:
+                    why = "stopping" if self._stopping.is_set() else "complete"
+                    self._metrics.rollouts_dropped.labels(why).inc(half.env.num_envs - n)
                     return False
-            self._count_blocked(blocked_s)
-            self._sequence += 1
+                frames = codec.encode(replace(rollout, sequence=learner.sequence))
+                if learner.send(frames):
+                    break
+            self._sent += 1
             self._metrics.rollouts_sent.inc()
             self._metrics.sent_bytes.inc(codec.size_bytes(frames))
         return True
 
-    def _count_blocked(self, since_s: float) -> float:
-        now_s = time.perf_counter()
-        self._seconds["send_blocked"].inc(now_s - since_s)
-        return now_s
+    def _await_room(self) -> LearnerConnection | None:
+        """The learner that is next; None if the loop is to stop before there is one."""
+        while True:
+            self._sender.follow(self._weights.learners)
+            learner = self._sender.choose(SEND_POLL_S)
+            is_over = self._weights.state == "complete"
+            self._stages.end("idle" if is_over and learner is None else "send_blocked")
+            if learner is not None:
+                return learner
+            self._heartbeat.beat()  # waiting for a learner is not being stuck
+            if self._stopping.is_set() or (is_over and self._max_rollouts is not None):
+                return None
 
     def _rollout(self, half: Half, n: int) -> Rollout:
+        """Packed before it is known to whom it goes, which gives it its number."""
         return Rollout(
             run_id=self._run_id,
             actor_id=self._client.client_id,
             incarnation=self._client.incarnation,
-            sequence=self._sequence,
+            sequence=0,
             policy_version=half.policy_version,  # the policy may hold newer weights by now
             task=half.tasks[n],
             episodes=tuple(half.episodes[n]),

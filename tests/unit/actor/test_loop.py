@@ -22,8 +22,8 @@ from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, env_spec, make_vector_env
 from services.rl.networks import Inputs, make_network
 from services.rl.policy import Policy
-from services.wire.codec import Unpacker
-from services.wire.messages import Buffer, Rollout
+from services.wire.codec import Packer, Unpacker
+from services.wire.messages import Buffer, Destination, PackedArray, Rollout
 from services.wire.subscriber import Snapshot
 from tests.unit.rl.roundtrip import (
     ACTIONS,
@@ -165,9 +165,9 @@ def test_a_message_that_was_sent_is_never_written_again() -> None:
     sent: list[tuple[Sequence[Buffer], list[bytes]]] = []
 
     class Keeping(Outbox):
-        def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+        def send(self, frames: Sequence[Buffer]) -> bool:
             sent.append((frames, [bytes(frame) for frame in frames]))
-            return super().send(frames, timeout_s)
+            return super().send(frames)
 
     actor_loop([half], policy_of(), Keeping(5, stopping), stopping).run()
     for frames, before in sent:
@@ -199,10 +199,10 @@ class Newer(Outbox):
         super().__init__(stop_after, stopping)
         self._weights = weights
 
-    def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+    def send(self, frames: Sequence[Buffer]) -> bool:
         version = 0 if self._weights.newest is None else self._weights.newest.version
         self._weights.newest = Snapshot(version=version + 1, steps=0, weights={}, received_s=0.0)
-        return super().send(frames, timeout_s)
+        return super().send(frames)
 
 
 def test_a_rollout_is_acted_by_exactly_the_policy_version_that_it_names() -> None:
@@ -260,21 +260,21 @@ def test_the_halves_take_turns_so_that_one_steps_while_the_policy_acts_for_the_o
 # --------------------------------------------------------------------------------------------- stopping
 
 
-class Full:
-    """A learner without room, while the actor is told to stop."""
+class Full(Outbox):
+    """A learner without room after it has taken ``accepts``, while the actor is told to stop."""
 
     def __init__(self, accepts: int, stopping: threading.Event) -> None:
+        super().__init__(10**6, stopping)
         self.tries = 0
         self._accepts = accepts
-        self._stopping = stopping
 
-    def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+    def choose(self, timeout_s: float) -> Outbox | None:
         self.tries += 1
         if self.tries <= self._accepts:
-            return True
+            return self
         if self.tries == self._accepts + 3:
             self._stopping.set()
-        return False
+        return None
 
 
 def test_a_loop_that_waits_for_a_learner_stops_when_told_and_counts_what_it_drops() -> None:
@@ -286,6 +286,26 @@ def test_a_loop_that_waits_for_a_learner_stops_when_told_and_counts_what_it_drop
     assert sender.tries == 4
     assert registry.get_sample_value("impala_actor_rollouts_sent_total") == 1
     assert registry.get_sample_value("impala_actor_rollouts_dropped_total", {"reason": "stopping"}) == 2
+
+
+def test_a_loop_with_an_end_that_waits_for_a_learner_ends_when_training_is_complete() -> None:
+    stopping, weights = threading.Event(), HeldWeights()
+    registry = CollectorRegistry()
+
+    class Completing(Full):
+        def choose(self, timeout_s: float) -> Outbox | None:
+            weights.state = "complete"
+            return None
+
+    half = Half(ScriptedEnv(SPEC, [endless()] * 3), SPEC, 2, ACTIONS.num_outputs, seed=1)
+    metrics = ActorMetrics(registry)
+    loop = actor_loop(
+        [half], policy_of(), Completing(0, stopping), stopping, weights, metrics, max_rollouts=9
+    )
+    loop.run()
+    assert not stopping.is_set()
+    assert not loop.has_sent_all
+    assert registry.get_sample_value("impala_actor_rollouts_dropped_total", {"reason": "complete"}) == 3
 
 
 @pytest.mark.parametrize(("max_rollouts", "sent"), [(1, 3), (3, 3), (4, 6)])
@@ -303,13 +323,7 @@ def test_a_loop_with_an_end_ends_with_the_unroll_that_reaches_it(max_rollouts: i
 def test_a_rollout_that_found_no_learner_was_not_sent() -> None:
     stopping = threading.Event()
     half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
-
-    class Full(Outbox):
-        def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
-            stopping.set()
-            return False
-
-    loop = actor_loop([half], policy_of(), Full(1, stopping), stopping, max_rollouts=1)
+    loop = actor_loop([half], policy_of(), Full(0, stopping), stopping, max_rollouts=1)
     loop.run()
     assert not loop.has_sent_all
 
@@ -331,15 +345,99 @@ def test_a_learner_that_has_room_again_gets_the_very_rollout_that_waited() -> No
     class Slow(Outbox):
         refusals = 3
 
-        def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+        def choose(self, timeout_s: float) -> Outbox | None:
             self.refusals -= 1
-            return False if self.refusals >= 0 else super().send(frames, timeout_s)
+            return None if self.refusals >= 0 else self
 
     outbox = Slow(2, stopping)
     half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
     actor_loop([half], policy_of(), outbox, stopping).run()
     assert [rollout.sequence for rollout in read(outbox.messages, 2)] == [0, 1]
     assert [arrays_of(r)["observation"][0].tolist() for r in read(outbox.messages, 2)] == [[0], [2]]
+
+
+def test_a_rollout_is_packed_once_however_long_it_waits_and_whoever_refuses_it() -> None:
+    stopping = threading.Event()
+    packed: list[int] = []
+
+    class Counting(Packer):
+        def pack(self, array: NDArray[np.generic]) -> PackedArray:
+            packed.append(array.nbytes)
+            return super().pack(array)
+
+    class Fickle(Outbox):
+        """Has no room, then has some, but is gone when it is used, and so on."""
+
+        def __init__(self) -> None:
+            super().__init__(1, stopping)
+            self.chosen = 0
+            self.offered: list[int] = []
+
+        def choose(self, timeout_s: float) -> Outbox | None:
+            self.chosen += 1
+            self.sequence = 10 * self.chosen
+            return self if self.chosen % 2 == 0 else None
+
+        def send(self, frames: Sequence[Buffer]) -> bool:
+            self.offered.append(self.sequence)
+            return super().send(frames) if self.chosen == 6 else False
+
+    outbox = Fickle()
+    half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
+    actor_loop([half], policy_of(), outbox, stopping, packer=Counting("zstd")).run()
+    assert outbox.offered == [20, 40, 60]
+    assert [rollout.sequence for rollout in read(outbox.messages, 2)] == [60], "the number of whom it went to"
+    assert len(packed) == len(read(outbox.messages, 2)[0].arrays)
+
+
+# ------------------------------------------------------------------------------------- who gets rollouts
+
+FIRST, SECOND = (Destination(endpoint=f"tcp://10.0.0.{n}:5555", since=n) for n in (1, 2))
+
+
+class Following(Outbox):
+    """Has room only while it follows ``SECOND``, who comes after some tries."""
+
+    def __init__(self, stop_after: int, stopping: threading.Event, weights: HeldWeights) -> None:
+        super().__init__(stop_after, stopping)
+        self.followed: list[Sequence[Destination]] = []
+        self._weights = weights
+
+    def follow(self, learners: Sequence[Destination]) -> None:
+        self.followed.append(learners)
+
+    def choose(self, timeout_s: float) -> Outbox | None:
+        if SECOND in self.followed[-1]:
+            return self
+        if len(self.followed) == 3:
+            self._weights.learners = (FIRST, SECOND)
+        return None
+
+
+@pytest.mark.parametrize("known", [(), (FIRST,)])
+def test_a_learner_that_comes_while_the_actor_waits_for_room_is_used_at_once(
+    known: tuple[Destination, ...],
+) -> None:
+    stopping, weights = threading.Event(), HeldWeights(learners=known)
+    outbox = Following(1, stopping, weights)
+    half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
+    actor_loop([half], policy_of(), outbox, stopping, weights).run()
+    assert outbox.followed[:4] == [known, known, known, (FIRST, SECOND)]
+    assert len(outbox.messages) == 1
+
+
+def test_learners_that_leave_are_left_at_the_end_of_an_unroll_at_the_latest() -> None:
+    stopping, weights = threading.Event(), HeldWeights(learners=(FIRST, SECOND))
+
+    class Leaving(Following):
+        def send(self, frames: Sequence[Buffer]) -> bool:
+            self._weights.learners = (SECOND,)
+            return super().send(frames)
+
+    outbox = Leaving(2, stopping, weights)
+    half = Half(ScriptedEnv(SPEC, [endless()]), SPEC, 2, ACTIONS.num_outputs, seed=1)
+    actor_loop([half], policy_of(), outbox, stopping, weights).run()
+    assert outbox.followed == [(FIRST, SECOND), (SECOND,)]
 
 
 def test_steps_and_episodes_are_counted_over_all_environments() -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from services.actor.loop import Half
 from services.config import ActorConfig, NetworkConfig, PopArtConfig, RunConfig
 from services.learner.batch import Batch, Batcher, rollout_schema
-from services.learner.group import Group
 from services.learner.intake import Freshness, Intake, RolloutQueue
 from services.learner.trainer import Trainer
 from services.ops.metrics import LearnerMetrics
@@ -74,12 +73,12 @@ class Newer(Outbox):
         self._held = held
         self._talks = talks
 
-    def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
+    def send(self, frames: Sequence[Buffer]) -> bool:
         self.given.append(frames)
         version = len(self.given)
         newest = weights(version, self._talks)
         self._held.newest = Snapshot(version=version, steps=0, weights=newest, received_s=0.0)
-        return super().send(frames, timeout_s)
+        return super().send(frames)
 
 
 def played(talks: bool) -> Newer:
@@ -118,7 +117,6 @@ def batches_of(messages: Sequence[list[Buffer]], talks: bool) -> list[Batch]:
         queue=rollouts,
         freshness=freshness,
         on_episode=lambda _task, _episode: None,
-        count_gaps=True,
         metrics=metrics,
         stopping=stopping,
     )
@@ -159,7 +157,6 @@ class Recomputing:
             frame_stack=SPEC.frame_stack,
             device=torch.device("cpu"),
             dtype=torch.float32,
-            group=Group(),
         )
         self._outputs: list[PolicyOutput] = []
         self._trainer.network.register_forward_hook(lambda _m, _inputs, output: self._outputs.append(output))
@@ -167,7 +164,7 @@ class Recomputing:
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, A], by the weights that acted."""
         (version,) = set(batch.policy_versions)
-        self._trainer.load(weights(version, self._talks))
+        self._trainer.load(weights(version, self._talks), version=0, steps=0)
         self._trainer.update(batch)
         return self._outputs.pop().logits_TBA[:-1].detach().transpose(0, 1)
 

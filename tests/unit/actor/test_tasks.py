@@ -91,7 +91,6 @@ def trained(seat: int, num_tasks: int = len(TASKS)) -> Learner:
         queue=rollouts,
         freshness=freshness,
         on_episode=learner.episodes.add,
-        count_gaps=True,
         metrics=learner.counts.metrics,
         stopping=stopping,
     )
