@@ -26,7 +26,7 @@ CLUSTER = ("status", "wait", "metrics")
 USAGE = """\
 usage: impala <command> [flags]
 
-  train         train on this machine: parameter server, learner and actors as processes
+  train         train on this machine: parameter server, learners and actors as processes
   evaluate      play whole episodes with a checkpoint, and say what they are worth
   config        show the effective configuration; `impala config --help` explains every key
   keygen        make the keys by which the pods of a run know each other
@@ -56,6 +56,7 @@ Every key of the configuration is a flag too; `impala config --help` lists them 
 
   --env catch                    what to play: catch, ALE/Pong-v5, CartPole-v1, your.module:factory
   --actors 4                     actor processes
+  --learners 2                   learner processes, which train as one
   --total_steps 1000000          agent steps to train for
   --num-envs 32                  environments of an actor: actor.num_envs (evaluate: evaluator.num_envs)
   --preset torchbeast            another set of defaults

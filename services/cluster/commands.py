@@ -15,9 +15,9 @@ STATUS_USAGE = """\
 usage: impala status [RELEASE] [flags]
 
 Shows a release on Kubernetes: its pods and why they are not ready, how far the training is, how fast, with
-which returns and which policy versions. Needs a kubeconfig and nothing else; metrics are read through the API
-server, of actors at most 16, and are missing where the kubeconfig gives no right to pods/proxy. Without
-RELEASE, the only one of the namespace. Ctrl-C ends it.
+which returns and which policy versions, and of several learners who leads and trains. Needs a kubeconfig and
+nothing else; metrics are read through the API server, of actors at most 16, and are missing where the
+kubeconfig gives no right to pods/proxy. Without RELEASE, the only one of the namespace. Ctrl-C ends it.
 
   -n, --namespace NS   default is that of the context
   --context CTX        of kubeconfig; default is the current one
@@ -30,8 +30,8 @@ WAIT_USAGE = """\
 usage: impala wait [RELEASE] [flags]
 
 Blocks until the training of a release on Kubernetes is complete, and tells every half minute how far it is.
-Pods that restart, and a cluster that is away for a while, are waited for; a learner whose configuration is
-wrong, that has diverged, or that ends again and again is not.
+Pods that restart, and a cluster that is away for a while, are waited for; learners whose configuration is
+wrong, that have diverged, or that end again and again are not, unless another one trains on.
 
   --for WHAT           complete (default), or ready: all pods are, which no metrics are read for
   --timeout S          seconds; default is no limit

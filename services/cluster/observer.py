@@ -15,29 +15,17 @@ from typing import Self
 
 from services.cluster.objects import ROLES, Cluster, Pod, PodForbiddenError, PodSilentError, Workload
 from services.ops.figures import History
-from services.ops.scrape import Increase, Scrape, increases, parse_metrics
+from services.ops.learners import Learners, Reading
+from services.ops.scrape import Scrape, parse_metrics
 
 SAMPLE = 16
-"""Of each role's pods."""
+"""Of the actors; of other roles there are few, and their figures are added up."""
 NUM_THREADS = 16
 LARGE = 300
 """More pods than these are listed every ``LARGE_INTERVAL_S`` at most."""
 LARGE_INTERVAL_S = 10.0
 PAUSES_PER_LIST = 5.0
 """The pause is this many times as long as the lists took."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """What one pod says, and what it said some time ago."""
-
-    before: Scrape | None
-    now: Scrape
-
-    @property
-    def increase(self) -> Increase:
-        """Of its counters, in between."""
-        return increases(self.before, self.now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +42,8 @@ class Look:
     """By name, why a pod that was asked has not."""
     is_forbidden: bool
     """Pods were not asked, because nobody with these credentials may."""
-    learner: Reading | None
-    """The first learner's, from when it last answered."""
+    learners: Mapping[str, Reading]
+    """By name, of the learners that have answered this time, or else of those that did last."""
     returns: tuple[float, ...]
     """Their course since the first look."""
     unix_time_s: float
@@ -84,7 +72,7 @@ class Observer:
         self._lists_took_s = 0.0
         self._num_pods = 0
         self._histories: dict[str, History] = {}
-        self._learner = History()
+        self._learners = Learners()
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="observe")
 
     def __enter__(self) -> Self:
@@ -110,9 +98,13 @@ class Observer:
             history = self._histories[pod.name]
             history.add(answer)
             readings[pod.name] = Reading(before=history.before, now=answer)
-        first = next((pod for pod in pods if pod.role == "learner" and pod.name in readings), None)
-        if first is not None:
-            self._learner.add(readings[first.name].now)
+        self._learners.add(
+            {
+                pod.name: readings[pod.name].now
+                for pod in asked
+                if pod.role == "learner" and pod.name in readings
+            }
+        )
         return Look(
             namespace=self._cluster.namespace,
             release=self._release,
@@ -121,10 +113,8 @@ class Observer:
             readings=readings,
             silent=silent,
             is_forbidden=any(isinstance(answer, PodForbiddenError) for answer in answers),
-            learner=Reading(before=self._learner.before, now=self._learner.now)
-            if self._learner.now
-            else None,
-            returns=self._learner.returns,
+            learners=self._learners.readings,
+            returns=self._learners.returns,
             unix_time_s=self._unix_clock(),
         )
 
@@ -144,4 +134,5 @@ class Observer:
 def _sample(pods: Sequence[Pod], role: str) -> list[Pod]:
     """Ready ones first."""
     running = [pod for pod in pods if pod.role == role and pod.is_running]
-    return sorted(running, key=lambda pod: (not pod.is_ready, pod.name))[:SAMPLE]
+    running.sort(key=lambda pod: (not pod.is_ready, pod.name))
+    return running[:SAMPLE] if role == "actor" else running

@@ -1,6 +1,6 @@
 """A release in figures: what a person wants to know of it, worked out from one ``Look``.
 
-Pure. The learner's own figures are those of a local run (``ops.figures``); around them stand the pods, and
+Pure. The learners' figures are those of a local run (``ops.learners``); around them stand the pods, and
 what only a cluster has. ``picture`` shows it, ``wait`` decides by it.
 """
 
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from services.cluster.objects import ROLES, Pod
-from services.cluster.observer import Look, Reading
+from services.cluster.observer import Look
 from services.ops.figures import PodPhase, PodStatus, RunInfo, Snapshot, take_snapshot
+from services.ops.learners import Reading, leading, snapshot_of
 from services.ops.scrape import Scrape
 
 Value = TypeVar("Value")
 
 RunState = Literal["unknown", "waiting", "training", "complete"]
-"""unknown: no learner answers; waiting: the learner has no rollouts to train on."""
+"""unknown: no learner answers; waiting: for rollouts to train on, or for other learners."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,21 @@ class RoleStatus:
     restarts: int
     is_settled: bool
     """No pods are being replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerStatus:
+    """One learner of several. None: not known."""
+
+    name: str
+    leads: bool
+    world_size: int | None
+    """Of the group that it is in; 0 while it is in none."""
+    generation: int | None
+    """Of that group, or of the last one."""
+    steps_per_s: float | None
+    """Of its own rollouts."""
+    wait_ratio: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +87,11 @@ class Overview:
     tasks: str
     """The task, or how many there are."""
     training: Snapshot | None
-    """The learner's figures, from when it last answered."""
+    """The learners' figures, from when they last answered."""
+    learners: tuple[LearnerStatus, ...]
+    """Each by itself, in the order of their names."""
     world_size: int | None
+    """As the learner that leads knows it."""
     generation: int | None
     paramserver_version: int | None
     oldest_version: int | None
@@ -99,9 +118,8 @@ class Overview:
 
 def overview(look: Look) -> Overview:
     """What ``look`` comes to."""
-    learner = look.learner
-    scrape = learner.now if learner else None
-    training = _training(look, learner) if learner else None
+    leader = look.learners[leading(look.learners)] if look.learners else None
+    training = _training(look, leader) if leader else None
     of_role = {role: _readings(look, role) for role in ROLES}
     servers = [*of_role["paramserver"], *of_role["relay"]]
     acting = [
@@ -113,13 +131,14 @@ def overview(look: Look) -> Overview:
     return Overview(
         namespace=look.namespace,
         release=look.release,
-        state=_state(look, learner, training),
+        state=_state(look, leader, training),
         roles=_roles(look),
         troubles=_troubles(look),
         tasks=_tasks(training),
         training=training,
-        world_size=_whole(scrape.get("impala_learner_world_size")) if scrape else None,
-        generation=_whole(scrape.get("impala_learner_generation")) if scrape else None,
+        learners=_learners(look, training) if training else (),
+        world_size=training.world_size if training else None,
+        generation=training.generation if training else None,
         paramserver_version=_first(
             of_role["paramserver"], lambda each: _version(each, "impala_paramserver_version")
         ),
@@ -144,8 +163,8 @@ def _readings(look: Look, role: str) -> list[Reading]:
     return [look.readings[pod.name] for pod in look.pods if pod.role == role and pod.name in look.readings]
 
 
-def _training(look: Look, learner: Reading) -> Snapshot:
-    scrape = learner.now
+def _training(look: Look, leader: Reading) -> Snapshot:
+    scrape = leader.now
     steps, frames = scrape.get("impala_learner_samples_total"), scrape.get("impala_learner_frames_total")
     tasks = list(scrape.by_label("impala_learner_task_steps_total", "task"))
     run = RunInfo(
@@ -154,10 +173,9 @@ def _training(look: Look, learner: Reading) -> Snapshot:
         frame_skip=round(frames / steps) if steps and frames else 1,
         run_dir=Path(),  # the pods', of no use here
     )
-    return take_snapshot(
+    return snapshot_of(
         run,
-        learner.before,
-        scrape,
+        look.learners,
         pods=tuple(
             PodStatus(name=pod.name, role=pod.role, phase=_phase(pod), restarts=pod.restarts)
             for pod in look.pods
@@ -165,6 +183,23 @@ def _training(look: Look, learner: Reading) -> Snapshot:
         unix_time_s=look.unix_time_s,
         returns=look.returns,
     )
+
+
+def _learners(look: Look, training: Snapshot) -> tuple[LearnerStatus, ...]:
+    learners = []
+    for name, reading in sorted(look.learners.items(), key=lambda item: (len(item[0]), item[0])):
+        alone = take_snapshot(training.run, reading.before, reading.now)
+        learners.append(
+            LearnerStatus(
+                name=name,
+                leads=name == training.leader,
+                world_size=alone.world_size,
+                generation=alone.generation,
+                steps_per_s=alone.steps_per_s,
+                wait_ratio=alone.wait_ratio,
+            )
+        )
+    return tuple(learners)
 
 
 def _phase(pod: Pod) -> PodPhase:
@@ -175,14 +210,14 @@ def _tasks(training: Snapshot | None) -> str:
     return training.run.env_id if training and training.task_returns else ""
 
 
-def _state(look: Look, learner: Reading | None, training: Snapshot | None) -> RunState:
+def _state(look: Look, leader: Reading | None, training: Snapshot | None) -> RunState:
     answers = any(pod.role == "learner" and pod.name in look.readings for pod in look.pods)
-    if learner is None or training is None or not answers:
+    if leader is None or training is None or not answers:
         return "unknown"
-    if learner.now.get("impala_training_complete") == 1:
+    if leader.now.get("impala_training_complete") == 1:
         return "complete"
     if training.steps_per_s is None:  # the first answer of this life
-        return "training" if learner.now.get("impala_learner_samples_total") else "waiting"
+        return "training" if leader.now.get("impala_learner_samples_total") else "waiting"
     return "training" if training.steps_per_s > 0 else "waiting"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from services.cluster.overview import Evaluation, Overview, RoleStatus, RunState, Trouble
+from services.cluster.overview import Evaluation, LearnerStatus, Overview, RoleStatus, RunState, Trouble
 from services.local.display import LABEL_WIDTH, progress_line, return_line
 from services.local.formats import columns, duration, figure, number, percent
 from services.local.task_rows import task_rows
@@ -25,6 +25,7 @@ from services.ops.figures import Snapshot, plain_fields
 
 MAX_TROUBLES = 6
 MAX_DOTS = 16
+MAX_LEARNERS = 8
 STATE_STYLES: Mapping[RunState, str] = {
     "unknown": "yellow",
     "waiting": "yellow",
@@ -100,6 +101,7 @@ def _learner_rows(overview: Overview, training: Snapshot) -> list[Row]:
                 (number(overview.world_size), f"in group {number(overview.generation)}"),
             ),
         ),
+        *_each_learner(overview.learners),
         (
             "version",
             columns(
@@ -129,6 +131,26 @@ def _learner_rows(overview: Overview, training: Snapshot) -> list[Row]:
         rows.append(
             ("refused", Text(f"{overview.auth_failures:,} connections without a known key", style="yellow"))
         )
+    return rows
+
+
+def _each_learner(learners: Sequence[LearnerStatus]) -> list[Row]:
+    """A row each, where there are several; of the group only what is not like the leader's."""
+    if len(learners) < 2:
+        return []
+    group = next(((one.world_size, one.generation) for one in learners if one.leads), None)
+    rows: list[Row] = []
+    for one in learners[:MAX_LEARNERS]:
+        text = columns((percent(one.wait_ratio), "waiting"), (number(one.steps_per_s), "steps/s"))
+        if one.leads:
+            text.append("   leads", style="green")
+        elif not one.world_size:
+            text.append("   in no group", style="yellow")
+        elif (one.world_size, one.generation) != group:
+            text.append(f"   still in group {number(one.generation)}", style="yellow")
+        rows.append((one.name[one.name.rfind("learner") :], text))
+    if len(learners) > MAX_LEARNERS:
+        rows.append(("", Text(f"and {len(learners) - MAX_LEARNERS} more", style="dim")))
     return rows
 
 
@@ -194,6 +216,8 @@ def log_fields(overview: Overview) -> dict[str, object]:
         **(plain_fields(overview.training) if overview.training else {}),
         "env_steps_per_s": None if overview.env_steps_per_s is None else round(overview.env_steps_per_s),
         "world_size": overview.world_size,
+        "generation": overview.generation,
+        "leader": overview.training.leader if overview.training and len(overview.learners) > 1 else None,
         "seats": overview.seats,
         "paramserver_version": overview.paramserver_version,
         "actors_oldest_version": overview.oldest_version,

@@ -28,6 +28,9 @@ LOOP_RESTARTS = 3
 """A pod that has been started this often, and waits for its next start, is in a loop."""
 FORBIDDEN_LOOKS = 5
 """After so many in a row the right to read metrics is not about to be given."""
+TOGETHER_S = 120.0
+"""For so long learners that run are given to form a group without the one that has ended: more than a start
+takes, or finding each other again, for which they wait up to a minute for one that is away."""
 WHO_MAY_READ = "where networkPolicy.metricsFrom is set, it must let in the API server"
 
 
@@ -50,6 +53,7 @@ def wait(
 ) -> int:
     """Returns the exit code; ClusterError for what the user can mend."""
     patience = _Patience(options, log, pause, clock)
+    others = _Others(clock)
     observer: Observer | None = None
     forbidden = 0
     with ExitStack() as stack:
@@ -67,7 +71,7 @@ def wait(
             if is_done(options.goal, seen):
                 log.info(options.goal, release=look.release, **progress_fields(seen))
                 return 0
-            hopeless = why_hopeless(look, cluster)
+            hopeless = why_hopeless(look, cluster, others)
             if hopeless is not None:
                 log.error("given_up", release=look.release, reason=hopeless)
                 return 1
@@ -121,6 +125,29 @@ class _Patience:
         return True
 
 
+class _Others:
+    """Whether there are learners with whom training goes on, whatever has become of one of them."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._runs_since_s: float | None = None
+        """Since when learners have been running of whom none was ready."""
+
+    def go_on(self, look: Look) -> bool:
+        """One trains, or runs and may soon. A learner in no group is not ready, so it runs for ever where
+        ``min_learners`` are not to be had.
+        """
+        learners = [pod for pod in look.pods if pod.role == "learner"]
+        trains = any(pod.is_ready for pod in learners)
+        if trains or not any(pod.is_running for pod in learners):
+            self._runs_since_s = None
+            return trains
+        now_s = self._clock()
+        if self._runs_since_s is None:
+            self._runs_since_s = now_s
+        return now_s - self._runs_since_s < TOGETHER_S
+
+
 def is_done(goal: Goal, seen: Overview) -> bool:
     """Whether there is nothing left to wait for."""
     return seen.state == "complete" if goal == "complete" else seen.is_ready
@@ -144,13 +171,15 @@ def what_is_missing(goal: Goal, look: Look, seen: Overview) -> str:
     return "; ".join(missing) or "an answering learner"
 
 
-def why_hopeless(look: Look, cluster: Cluster) -> str | None:
+def why_hopeless(look: Look, cluster: Cluster, others: _Others) -> str | None:
     """None while waiting makes sense."""
     if not look.workloads:
         return "the release is gone"
+    if others.go_on(look):
+        return None
     for pod in look.pods:
         ended = pod.last_exit
-        if pod.role != "learner" or pod.is_running or pod.is_ready or ended is None:
+        if pod.role != "learner" or pod.is_running or ended is None:
             continue
         looping = pod.is_backing_off and pod.restarts >= LOOP_RESTARTS
         if ended.code in OWN_EXITS or looping:

@@ -103,6 +103,7 @@ def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
                 (number(snapshot.policy_version), "version"),
             ),
         ),
+        *_group_rows(snapshot),
         ("lag", columns((figure(snapshot.lag_mean), "mean"), (number(snapshot.lag_max), "at most"))),
         (
             "loss",
@@ -127,6 +128,17 @@ def _rows(snapshot: Snapshot, width: int) -> list[tuple[str, RenderableType]]:
         lost = "   ".join(f"{count:,} {kind}" for kind, count in snapshot.troubles.items())
         rows += [("", Text()), ("lost", Text(lost, style="yellow"))]
     return rows
+
+
+def _group_rows(snapshot: Snapshot) -> list[tuple[str, Text]]:
+    """Of several learners: how many of them train together."""
+    if snapshot.num_learners < 2:
+        return []
+    there = number(snapshot.world_size)
+    if snapshot.world_size != snapshot.num_learners:
+        there += f"/{snapshot.num_learners}"
+    group, leader = number(snapshot.generation), snapshot.leader or "–"
+    return [("", columns((there, "learners"), (group, "group"), (leader, "leads")))]
 
 
 def _all_stopped(snapshot: Snapshot) -> bool:

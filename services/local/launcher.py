@@ -15,14 +15,15 @@ from pathlib import Path
 
 from services.local.display import Progress, Unfailing
 from services.local.pod import Backoff, Pod
-from services.ops.figures import History, PodPhase, PodStatus, RunInfo, take_snapshot
+from services.ops.figures import PodPhase, PodStatus, RunInfo
+from services.ops.learners import Learners, snapshot_of
 from services.ops.pod import BAD_CONFIG, DIVERGED
 from services.ops.scrape import Scrape
 
 KILLED = 128 + signal.SIGINT
 
 STOP_TIMEOUTS_S: Mapping[str, float] = {"actor": 10.0, "learner": 30.0, "paramserver": 10.0}
-"""In the order of stopping: who sends goes before who receives, so that the learner's last checkpoint has
+"""In the order of stopping: who sends goes before who receives, so that the learners' last checkpoint has
 nothing left to wait for. Whoever takes longer is killed."""
 
 POLL_S = 0.1
@@ -59,15 +60,15 @@ class Launcher:
         self._clock = clock
         self._started_s = clock()
         self._shown_s = -float("inf")
-        self._history = History()
+        self._learners = Learners()
         self._interrupts = 0
         self._stopping = False
         self._failed = False
 
     @property
     def steps(self) -> int:
-        """Agent steps trained, as far as the learner has told."""
-        return take_snapshot(self._run, None, self._history.now).steps or 0
+        """Agent steps trained, as far as the learners have told."""
+        return snapshot_of(self._run, self._learners.readings).steps or 0
 
     def interrupt(self) -> None:
         """Once: stop cleanly. Twice: end everything at once. Safe to call from a signal handler."""
@@ -99,18 +100,31 @@ class Launcher:
         """Start whatever is due; say when the run has to end."""
         if self._interrupts:
             return Outcome(exit_code=0, reason="interrupted")
-        self._history.add(self._latest().get("learner"))
         now_s = self._clock()
+        self._listen(now_s)
         for pod in self._pods:
             if pod.start_at_s is not None:
                 if now_s >= pod.start_at_s:
                     pod.start(now_s)
             elif not pod.alive and (outcome := self._bury(pod, now_s)):
                 return outcome
-        learner = self._history.now
-        if learner is not None and learner.get("impala_training_complete") == 1:
+        leader = self._learners.leader  # which has saved; the others may be done a moment before
+        if leader is not None and leader.get("impala_training_complete") == 1:
             return Outcome(exit_code=0, reason="complete")
         return None
+
+    def _listen(self, now_s: float) -> Mapping[str, Scrape]:
+        """The newest scrapes of all pods. Of learners only what they say in this life counts for the run."""
+        scrapes = self._latest()
+        learners = (pod for pod in self._pods if pod.spec.role == "learner")
+        self._learners.add(
+            {
+                pod.spec.name: scrapes[pod.spec.name]
+                for pod in learners
+                if self._phase(pod, scrapes.get(pod.spec.name), now_s) == "up"
+            }
+        )
+        return scrapes
 
     def _bury(self, pod: Pod, now_s: float) -> Outcome | None:
         """``pod`` is dead: plan its next life, or say why there is none."""
@@ -179,32 +193,31 @@ class Launcher:
     def _show(self) -> None:
         if self._failed:  # whatever it was may fail again
             return
-        self._history.add(self._latest().get("learner"))
         now_s = self._clock()
+        scrapes = self._listen(now_s)
         if now_s - self._shown_s < self._progress.interval_s:
             return
         self._shown_s = now_s
-        scrapes = self._latest()
         self._progress.update(
-            take_snapshot(
+            snapshot_of(
                 self._run,
-                self._history.before,
-                self._history.now,
+                self._learners.readings,
                 pods=tuple(self._status(pod, scrapes.get(pod.spec.name), now_s) for pod in self._pods),
                 elapsed_s=now_s - self._started_s,
                 unix_time_s=time.time(),
-                returns=self._history.returns,
+                returns=self._learners.returns,
             )
         )
 
-    def _status(self, pod: Pod, scrape: Scrape | None, now_s: float) -> PodStatus:
-        phase: PodPhase
+    def _phase(self, pod: Pod, scrape: Scrape | None, now_s: float) -> PodPhase:
         if not pod.alive:
-            phase = "stopped" if self._stopping else "restarting"
-        elif scrape is None or scrape.time_s < pod.started_s:
-            phase = "starting"
-        else:
-            phase = "up" if now_s - scrape.time_s < SILENT_AFTER_S else "silent"
+            return "stopped" if self._stopping else "restarting"
+        if scrape is None or scrape.time_s < pod.started_s:
+            return "starting"
+        return "up" if now_s - scrape.time_s < SILENT_AFTER_S else "silent"
+
+    def _status(self, pod: Pod, scrape: Scrape | None, now_s: float) -> PodStatus:
+        phase = self._phase(pod, scrape, now_s)
         memory_bytes = scrape.get("process_resident_memory_bytes") if scrape and phase == "up" else None
         return PodStatus(
             name=pod.spec.name,

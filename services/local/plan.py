@@ -43,6 +43,12 @@ class PodSpec:
     log: Path
 
 
+def pod_names(config: RunConfig) -> list[str]:
+    """Of the run, in the order of starting: who is early waits for the others."""
+    learners = (f"learner-{number}" for number in range(config.learners))
+    return ["paramserver", *learners, *(f"actor-{number}" for number in range(config.actors))]
+
+
 def _here() -> Path | None:
     try:
         return Path.cwd()
@@ -57,10 +63,8 @@ def plan_pods(
     environment: Mapping[str, str],
     command: Command,
 ) -> list[PodSpec]:
-    """The pods of a run, in the order of starting. Who is early waits for the others."""
+    """The pods of a run, each with one of ``ports``."""
     wire = {
-        "learner_bind": f"ipc://{socket_dir}/learner",
-        "learner_endpoints": f"ipc://{socket_dir}/learner",
         "paramserver_bind": f"ipc://{socket_dir}/paramserver",
         "paramserver_endpoint": f"ipc://{socket_dir}/paramserver",
     }
@@ -80,14 +84,15 @@ def plan_pods(
         paths = filter(None, (str(root), inherited.get("PYTHONPATH")))
         inherited["PYTHONPATH"] = os.pathsep.join(paths)
     pods = []
-    names = ["paramserver", "learner", *(f"actor-{number}" for number in range(config.actors))]
-    for name, port in zip(names, ports, strict=True):
+    for name, port in zip(pod_names(config), ports, strict=True):
         role = name.partition("-")[0]
         flags = ["--config", str(config.run_dir / "config.json"), "--parent-pid", str(os.getpid())]
         if role in ("actor", "learner"):
             flags += [f"--{role}-id", name]
         flags += ["--run_dir", str(config.run_dir), "--ops.host", "127.0.0.1", "--ops.port", str(port)]
-        for key, value in wire.items():
+        # A learner's own socket; the parameter server tells the actors where it is.
+        own = {"learner_bind": f"ipc://{socket_dir}/{name}", "learner_host": "127.0.0.1"}
+        for key, value in (wire | own if role == "learner" else wire).items():
             flags += [f"--wire.{key}", value]
         pods.append(
             PodSpec(
@@ -106,7 +111,7 @@ def plan_pods(
 def private_socket_dir() -> Iterator[Path]:
     """A short path that only this user can enter: the path of a Unix socket has at most 107 bytes.
 
-    A launcher that is killed leaves it behind, with two sockets that nobody listens to. Finding out whose a
+    A launcher that is killed leaves it behind, with sockets that nobody listens to. Finding out whose a
     directory is would take a lock of its own, and a mistake would cost a live run; so there it stays.
     """
     short = len(os.fsencode(tempfile.gettempdir())) + len("/impala-12345678/paramserver") <= 100

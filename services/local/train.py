@@ -25,6 +25,7 @@ from services.local.plan import (
     Command,
     plan_pods,
     pod_command,
+    pod_names,
     private_socket_dir,
     reserved_ports,
     write_targets,
@@ -49,6 +50,16 @@ def frame_skip_of(config: RunConfig) -> int:
         raise ConfigError(str(error)) from None
 
 
+def refuse_too_few_learners(config: RunConfig) -> None:
+    """ConfigError for a run that would wait for ever. In a cluster learners come, and it may well wait."""
+    least = config.learner.min_learners
+    if least > config.learners:
+        raise ConfigError(
+            f"learner.min_learners = {least}: training would wait for more learners than are started; "
+            f"allowed is at most learners = {config.learners}"
+        )
+
+
 def train(
     config: RunConfig,
     *,
@@ -58,6 +69,7 @@ def train(
     find_frame_skip: Callable[[RunConfig], int] = frame_skip_of,
 ) -> int:
     """Run to the end; returns the exit code."""
+    refuse_too_few_learners(config)
     run = RunInfo(
         env_id=config.title,
         total_steps=config.total_steps,
@@ -67,7 +79,7 @@ def train(
     is_new = not config.run_dir.exists()
     with contextlib.ExitStack() as opened:
         lock = opened.enter_context(open_run_dir(config, resume))
-        ports = opened.enter_context(reserved_ports(config.ops.port, 2 + config.actors))
+        ports = opened.enter_context(reserved_ports(config.ops.port, len(pod_names(config))))
         socket_dir = opened.enter_context(private_socket_dir())
         specs = plan_pods(config, ports, socket_dir, os.environ, command)
         write_targets(config.run_dir / "targets.json", specs)

@@ -151,26 +151,35 @@ class FakeCluster:
 
 
 class Release:
-    """`demo` in a fake cluster: a learner, a parameter server and some actors, all well."""
+    """`demo` in a fake cluster: a learner (or several), a parameter server and some actors, all well."""
 
-    def __init__(self, num_actors: int = 2, *, evaluator: bool = False) -> None:
-        self.learner = FakePod(LearnerMetrics)
+    def __init__(self, num_actors: int = 2, *, learners: int = 1, evaluator: bool = False) -> None:
+        self.learners = {f"learner-{number}": FakePod(LearnerMetrics) for number in range(learners)}
+        self.learner = self.learners["learner-0"]
         self.paramserver = FakePod(ParamserverMetrics)
         self.actors = {f"actor-{number:04}": FakePod(ActorMetrics) for number in range(num_actors)}
         self.evaluator = FakePod(EvaluatorMetrics)
-        running = {"learner-0": self.learner, "paramserver-0": self.paramserver, **self.actors}
-        workloads = [workload("learner"), workload("paramserver"), workload("actor", num_actors)]
+        running = {**self.learners, "paramserver-0": self.paramserver, **self.actors}
+        workloads = [workload("learner", learners), workload("paramserver"), workload("actor", num_actors)]
         if evaluator:
             running["evaluator-0"] = self.evaluator
             workloads.append(workload("evaluator"))
         self.cluster = FakeCluster([pod(name) for name in running], workloads)
         self.cluster.answers = {name: each.text for name, each in running.items()}
-        self.trains.total_steps.set(1000)
+        for number in range(learners):
+            self.learns(number).total_steps.set(1000)
+            self.learns(number).world_size.set(learners)
+            self.learns(number).leads.set(number == 0)
 
     @property
     def trains(self) -> LearnerMetrics:
-        assert isinstance(self.learner.metrics, LearnerMetrics)
-        return self.learner.metrics
+        """The first learner."""
+        return self.learns(0)
+
+    def learns(self, number: int) -> LearnerMetrics:
+        metrics = self.learners[f"learner-{number}"].metrics
+        assert isinstance(metrics, LearnerMetrics)
+        return metrics
 
     @property
     def serves(self) -> ParamserverMetrics:

@@ -75,6 +75,62 @@ def test_a_run_that_trains_has_its_figures() -> None:
     assert seen.is_ready
 
 
+def test_several_learners_train_as_one_and_each_is_seen_by_itself() -> None:
+    release = Release(learners=3)
+    watched = Watched(release)
+    watched.look()
+    for number in range(3):
+        learner = release.learns(number)
+        learner.samples.inc(100 * (number + 1))
+        learner.steps.set(600)
+        learner.received_bytes.inc(1000)
+        learner.generation.set(4)
+        learner.stage_seconds.labels("wait").observe(number)
+    release.learns(2).world_size.set(0)
+    seen = watched.look()
+
+    assert seen.training is not None
+    assert (seen.training.steps, seen.training.steps_per_s, seen.training.leader) == (600, 300, "learner-0")
+    assert seen.received_bytes_per_s == 1500
+    assert (seen.world_size, seen.generation) == (3, 4)
+    assert [(each.name, each.leads, each.world_size, each.steps_per_s) for each in seen.learners] == [
+        ("learner-0", True, 3, 50),
+        ("learner-1", False, 3, 100),
+        ("learner-2", False, 0, 150),
+    ]
+    assert [each.wait_ratio for each in seen.learners] == [0, 0.5, 1]
+    assert log_fields(seen)["leader"] == "learner-0"
+
+
+def test_figures_follow_the_lead_when_the_first_learner_dies() -> None:
+    release = Release(learners=2)
+    watched = Watched(release)
+    release.learns(0).steps.set(500)
+    release.learns(1).steps.set(500)
+    assert watched.look().training is not None
+    del release.cluster.answers["learner-0"]
+    release.learns(1).steps.set(540)
+    release.learns(1).leads.set(1)
+    release.learns(1).world_size.set(1)
+    seen = watched.look()
+    assert seen.training is not None
+    assert (seen.training.leader, seen.training.steps, seen.world_size) == ("learner-1", 540, 1)
+    assert [each.name for each in seen.learners] == ["learner-1"]
+
+
+def test_complete_is_what_the_learner_that_leads_says() -> None:
+    release = Release(learners=2)
+    release.learns(1).training_complete.set(1)  # a moment before the last checkpoint is written
+    assert Watched(release).look().state != "complete"
+    release.learns(0).training_complete.set(1)
+    assert Watched(release).look().state == "complete"
+
+
+def test_all_learners_are_asked_and_shown_in_the_order_of_their_numbers() -> None:
+    seen = Watched(Release(learners=SAMPLE + 3)).look()
+    assert [each.name for each in seen.learners] == [f"learner-{number}" for number in range(SAMPLE + 3)]
+
+
 def test_a_learner_that_stands_still_waits_for_rollouts() -> None:
     release = Release()
     watched = Watched(release)

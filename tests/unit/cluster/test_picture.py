@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from services.cluster.overview import Evaluation, Overview, RoleStatus, RunState, Trouble
-from services.cluster.picture import MAX_TROUBLES, render
+from services.cluster.overview import Evaluation, LearnerStatus, Overview, RoleStatus, RunState, Trouble
+from services.cluster.picture import MAX_LEARNERS, MAX_TROUBLES, render
 from services.ops.figures import RunInfo, Snapshot
 
 
@@ -43,6 +43,7 @@ FULL = Overview(
     troubles=(Trouble(role="actor", reason="0/8 nodes are available", count=6, example="demo-actor-x"),),
     tasks="catch",
     training=TRAINING,
+    learners=(),
     world_size=1,
     generation=7,
     paramserver_version=1233,
@@ -65,6 +66,7 @@ NOTHING = Overview(
     troubles=(),
     tasks="",
     training=None,
+    learners=(),
     world_size=None,
     generation=None,
     paramserver_version=None,
@@ -115,6 +117,44 @@ def drawn(overview: Overview, width: int = 100, note: str = "") -> str:
 )
 def test_what_is_known_is_shown(line: str) -> None:
     assert line in drawn(FULL)
+
+
+def learner(number: int, *, leads: bool = False, world_size: int = 2, generation: int = 7) -> LearnerStatus:
+    return LearnerStatus(
+        name=f"demo-impala-learner-{number}",
+        leads=leads,
+        world_size=world_size,
+        generation=generation,
+        steps_per_s=1_000.0,
+        wait_ratio=0.5,
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "2 in group 7",
+        "learner-0         50 % waiting        1,000 steps/s   leads",
+        "learner-1         50 % waiting        1,000 steps/s   still in group 6",
+        "learner-2         50 % waiting        1,000 steps/s   in no group",
+        "learner-3         50 % waiting        1,000 steps/s    ",
+    ],
+)
+def test_several_learners_have_a_row_each(line: str) -> None:
+    learners = (
+        learner(0, leads=True),
+        learner(1, generation=6),
+        learner(2, world_size=0),
+        learner(3),
+    )
+    assert line in drawn(replace(FULL, learners=learners, world_size=2))
+
+
+def test_many_learners_do_not_fill_the_screen_and_a_single_one_needs_no_row() -> None:
+    many = tuple(learner(number, leads=number == 0) for number in range(MAX_LEARNERS + 2))
+    assert "and 2 more" in drawn(replace(FULL, learners=many))
+    assert "more" not in drawn(replace(FULL, learners=many[:MAX_LEARNERS]))
+    assert "leads" not in drawn(replace(FULL, learners=many[:1]))
 
 
 def test_what_is_not_known_takes_no_room() -> None:

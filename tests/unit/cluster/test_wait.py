@@ -6,9 +6,18 @@ import pytest
 
 from services.cluster.objects import ClusterError, Exit, UnreachableError
 from services.cluster.observer import PAUSES_PER_LIST
-from services.cluster.wait import FORBIDDEN_LOOKS, LOOP_RESTARTS, TELL_INTERVAL_S, Goal, Options, wait
+from services.cluster.wait import (
+    FORBIDDEN_LOOKS,
+    INTERVAL_S,
+    LOOP_RESTARTS,
+    TELL_INTERVAL_S,
+    TOGETHER_S,
+    Goal,
+    Options,
+    wait,
+)
 from services.ops.logging import get_logger
-from tests.unit.cluster.fake_cluster import FakeClock, Release, workload
+from tests.unit.cluster.fake_cluster import FakeClock, Release, pod, workload
 
 
 class Waiting:
@@ -292,6 +301,63 @@ def test_a_learner_that_may_recover_is_waited_for(
     assert waiting.run() == 0
 
 
+def test_a_learner_in_a_crash_loop_is_waited_for_while_another_one_trains(waiting: Waiting) -> None:
+    crashed(LOOP_RESTARTS)(waiting.release)
+    cluster = waiting.release.cluster
+    cluster.pods_now.append(pod("learner-1"))
+    waiting.clock.on_pause = [lambda: cluster.change("learner-1", is_running=False, is_ready=False)]
+    assert waiting.run() == 1
+    assert len(waiting.clock.pauses) == 1, "given up once both are gone"
+
+
+@pytest.fixture
+def deserted(waiting: Waiting) -> Waiting:
+    """One learner's configuration is wrong, so it ends again and again; the other one runs, in no group."""
+    waiting.release.cluster.pods_now.append(pod("learner-1"))
+    waiting.release.cluster.change("learner-0", is_ready=False)
+    ended = Exit(code=2, reason="Error", message="batch_size = 0")
+    waiting.release.cluster.change(
+        "learner-1", is_ready=False, is_running=False, is_backing_off=True, last_exit=ended
+    )
+    return waiting
+
+
+def becomes(waiting: Waiting, name: str, **fields: bool) -> Callable[[], None]:
+    return lambda: waiting.release.cluster.change(name, **fields)
+
+
+def test_a_hopeless_learner_is_given_up_though_another_one_runs_and_waits_for_it(deserted: Waiting) -> None:
+    """As one does for ever with min_learners = 2."""
+    assert deserted.run() == 1
+    event, fields = deserted.lines[-1]
+    assert event == "given_up"
+    assert str(fields["reason"]).startswith("learner-1, after 0 restarts: exit code 2")
+    assert sum(deserted.clock.pauses) == TOGETHER_S
+
+
+def test_a_hopeless_learner_that_runs_once_more_meanwhile_changes_nothing(deserted: Waiting) -> None:
+    starts = becomes(deserted, "learner-1", is_running=True, is_backing_off=False)
+    ends = becomes(deserted, "learner-1", is_running=False, is_backing_off=True)
+    deserted.clock.on_pause = [starts, ends] * round(TOGETHER_S / INTERVAL_S / 2)
+    assert deserted.run() == 1
+    assert sum(deserted.clock.pauses) == TOGETHER_S
+
+
+def test_another_learner_is_given_the_time_to_train_on_each_time_anew(deserted: Waiting) -> None:
+    almost = [lambda: None] * (round(TOGETHER_S / INTERVAL_S) - 2)
+    for is_ready in (True, False, True):
+        deserted.clock.on_pause += [*almost, becomes(deserted, "learner-0", is_ready=is_ready)]
+    deserted.clock.on_pause.append(lambda: deserted.release.trains.training_complete.set(1))
+    assert deserted.run() == 0
+
+
+def test_learners_that_all_wait_are_waited_for_as_long_as_none_is_hopeless(waiting: Waiting) -> None:
+    cluster = waiting.release.cluster
+    cluster.change("learner-0", is_ready=False)
+    assert waiting.run(timeout_s=3 * TOGETHER_S) == 1
+    assert waiting.lines[-1][0] == "timeout"
+
+
 def test_an_actor_that_crashes_is_no_reason_to_give_up(waiting: Waiting) -> None:
     ended = Exit(code=2, reason="Error", message="")
     waiting.release.cluster.change(
@@ -309,6 +375,13 @@ def test_a_release_that_is_uninstalled_meanwhile_is_given_up(waiting: Waiting) -
     waiting.clock.on_pause = [uninstalled]
     assert waiting.run() == 1
     assert waiting.lines[-1][1]["reason"] == "the release is gone"
+
+
+def test_pods_that_outlive_their_release_are_not_waited_for(waiting: Waiting) -> None:
+    waiting.clock.on_pause = [lambda: setattr(waiting.release.cluster, "workloads_now", [])]
+    assert waiting.run() == 1
+    assert waiting.lines[-1][1]["reason"] == "the release is gone"
+    assert len(waiting.clock.pauses) == 1
 
 
 def test_the_end_of_training_takes_the_learner_only(waiting: Waiting) -> None:

@@ -57,6 +57,7 @@ registry = CollectorRegistry()
 metrics = ROLES[role](registry)
 if behaviour == "complete":
     metrics.steps.set(1000)
+    metrics.leads.set(1)
     metrics.training_complete.set(1)
 server = HealthServer(flags["--ops.host"], int(flags["--ops.port"]), registry, Heartbeat(), 60, lambda: None)
 say("up")

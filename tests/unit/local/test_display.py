@@ -185,6 +185,23 @@ def test_a_run_directory_is_never_read_as_markup() -> None:
     assert "[blink]" in text
 
 
+LEARNERS = (pod("learner-0"), pod("learner-1"), pod("learner-2", "restarting", 2))
+
+
+@pytest.mark.parametrize(("world_size", "shown"), [(3, "        3 learners"), (2, "      2/3 learners")])
+def test_several_learners_say_how_many_of_them_train_together(world_size: int, shown: str) -> None:
+    several = replace(FULL, pods=LEARNERS, world_size=world_size, generation=12, leader="learner-1")
+    text = drawn(several)
+    assert f"{shown}          12 group      learner-1 leads" in text
+    assert "learners     ●●● 2 of 3 up   720 MB   2 restarts" in text
+    assert "–/3 learners" in drawn(replace(EMPTY, pods=LEARNERS)), "known or not"
+
+
+def test_a_single_learner_has_no_group_to_speak_of() -> None:
+    one = replace(FULL, world_size=1, generation=3, leader="learner-0")
+    assert " group" not in drawn(one)
+
+
 def test_a_hundred_actors_are_one_row() -> None:
     many = replace(FULL, pods=tuple(pod(f"actor-{number}") for number in range(100)))
     assert "100 of 100 up   24,000 MB" in drawn(many)

@@ -36,7 +36,7 @@ HOMEMADE = "tests.unit.evaluator.homemade"
 DIARY = f"{HOMEMADE}:diary"
 ALL_ONES = 2**NUM_STEPS - 1
 START_S = 60.0
-STOP_S = 15.0
+STOP_S = 60.0
 TASKS = [{"id": DIARY, "name": "two"}, {"id": DIARY, "name": "three", "kwargs": {"num_actions": 3}}]
 TWO_TASKS = ("--tasks", json.dumps(TASKS))
 EXACT = ("--network", f"{HOMEMADE}:constant", "--actor.precision", "float32", "--evaluator.num_envs", "2")
@@ -52,7 +52,7 @@ def save(
     weights = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
     weights["policy.bias"][1] = math.log(odds)
     metrics = LearnerMetrics(CollectorRegistry())
-    store = CheckpointStore(run_dir / "checkpoints", 3, metrics)
+    store = CheckpointStore(run_dir / "checkpoints", 3, metrics, "learner-0")
     store.save(
         trainer={"network": weights, "version": steps // 640, "steps": steps},
         episodes={"mean_return": mean_return},

@@ -15,6 +15,7 @@ from services.local.plan import (
     PodSpec,
     plan_pods,
     pod_command,
+    pod_names,
     private_socket_dir,
     reserved_ports,
     write_targets,
@@ -27,16 +28,16 @@ def plan(config: RunConfig, environment: dict[str, str]) -> dict[str, PodSpec]:
     def command(role: str, flags: Sequence[str]) -> list[str]:
         return [role, *flags]
 
-    ports = range(9400, 9402 + config.actors)
+    ports = range(9400, 9400 + len(pod_names(config)))
     pods = plan_pods(config, ports, Path("/tmp/x"), environment, command)
     return {pod.name: pod for pod in pods}
 
 
 def test_every_pod_gets_flags_that_the_configuration_understands(config: RunConfig) -> None:
-    config = config.model_copy(update={"actors": 2})
+    config = config.model_copy(update={"actors": 2, "learners": 2})
     with open_run_dir(config, resume=False):
         pods = plan(config, {})
-    assert list(pods) == ["paramserver", "learner", "actor-0", "actor-1"]
+    assert list(pods) == ["paramserver", "learner-0", "learner-1", "actor-0", "actor-1"]
     for name, pod in pods.items():
         role, *flags = pod.command
         assert role == pod.role
@@ -48,9 +49,11 @@ def test_every_pod_gets_flags_that_the_configuration_understands(config: RunConf
         understood = configuration.load(file, {}, [word for pair in given.items() for word in pair])
         assert understood.ops.port == pod.port
         assert understood.ops.host == "127.0.0.1"
-        assert understood.wire.learner_endpoints == ("ipc:///tmp/x/learner",)
-        assert understood.wire.learner_bind == "ipc:///tmp/x/learner"
+        if role == "learner":
+            assert understood.wire.learner_bind == f"ipc:///tmp/x/{name}"
+            assert understood.wire.learner_host == "127.0.0.1"
         assert understood.wire.paramserver_endpoint == understood.wire.paramserver_bind
+        assert understood.wire.paramserver_bind == "ipc:///tmp/x/paramserver"
         assert understood.total_steps == config.total_steps
 
 
@@ -58,10 +61,10 @@ def test_threads_are_set_for_each_role_and_configuration_variables_are_not_inher
     config = configuration.load(flags=["--learner.num_threads", "4", "--actor.inference_threads", "2"])
     pods = plan(config, {"PATH": "/bin", "IMPALA__SEED": "3", "OMP_NUM_THREADS": "64"})
     threads = {name: pod.environment["OMP_NUM_THREADS"] for name, pod in pods.items()}
-    assert threads == {"paramserver": "1", "learner": "4", "actor-0": "2"}
-    assert pods["learner"].environment["MKL_NUM_THREADS"] == "4"
-    assert pods["learner"].environment["PATH"] == "/bin"
-    assert "IMPALA__SEED" not in pods["learner"].environment
+    assert threads == {"paramserver": "1", "learner-0": "4", "actor-0": "2"}
+    assert pods["learner-0"].environment["MKL_NUM_THREADS"] == "4"
+    assert pods["learner-0"].environment["PATH"] == "/bin"
+    assert "IMPALA__SEED" not in pods["learner-0"].environment
 
 
 @pytest.mark.parametrize(("network", "threads"), [("nature", "1"), ("deep", str(num_cores(4)))])
@@ -70,14 +73,25 @@ def test_a_learner_of_the_deep_network_takes_more_cores_unless_it_is_told_how_ma
 ) -> None:
     for flags, expected in (([], threads), (["--learner.num_threads", "3"], "3")):
         pods = plan(configuration.load(flags=["--network", network, *flags]), {})
-        assert pods["learner"].environment["OMP_NUM_THREADS"] == expected
+        assert pods["learner-0"].environment["OMP_NUM_THREADS"] == expected
+
+
+@pytest.mark.parametrize(("cores", "learners", "threads"), [(16, 2, 4), (4, 2, 2), (3, 2, 1), (2, 3, 1)])
+def test_several_learners_of_the_deep_network_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, learners: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    pods = plan(configuration.load(flags=["--network", "deep", "--learners", str(learners)]), {})
+    assert [pods[f"learner-{number}"].environment["OMP_NUM_THREADS"] for number in range(learners)] == [
+        str(threads)
+    ] * learners
 
 
 def test_prometheus_finds_every_pod(config: RunConfig, tmp_path: Path) -> None:
     write_targets(tmp_path / "targets.json", plan(config, {}).values())
     assert json.loads((tmp_path / "targets.json").read_text()) == [
         {"targets": ["127.0.0.1:9400"], "labels": {"role": "paramserver", "pod": "paramserver"}},
-        {"targets": ["127.0.0.1:9401"], "labels": {"role": "learner", "pod": "learner"}},
+        {"targets": ["127.0.0.1:9401"], "labels": {"role": "learner", "pod": "learner-0"}},
         {"targets": ["127.0.0.1:9402"], "labels": {"role": "actor", "pod": "actor-0"}},
     ]
 

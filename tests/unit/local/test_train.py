@@ -35,7 +35,7 @@ def test_a_run_ends_when_the_learner_says_complete(
 ) -> None:
     pods.behaviours["learner"] = "complete"
     assert train(config, pods.command) == 0
-    assert sorted(pods.rest()[:3]) == ["actor-0 up", "learner up", "paramserver up"]
+    assert sorted(pods.rest()[:3]) == ["actor-0 up", "learner-0 up", "paramserver up"]
     output = capsys.readouterr().out
     assert "complete at 1,000 of 1,000 steps" in output
     assert f"impala train --resume {config.run_dir} --total_steps 2000" in output
@@ -63,9 +63,9 @@ def test_a_pod_that_refuses_without_a_word_to_the_user_is_named_with_its_log(
     pods.behaviours["learner"] = "exit-2"
     assert train(config, pods.command) == 2
     line, where = capsys.readouterr().err.splitlines()
-    assert line.startswith("impala: learner refused its configuration: ")
+    assert line.startswith("impala: learner-0 refused its configuration: ")
     assert "error learner diverged reason=nan" in line, "the last error, rather than the last line"
-    log = config.run_dir / "logs" / "learner.log"
+    log = config.run_dir / "logs" / "learner-0.log"
     assert where == f"impala: all of it: {log}"
     assert log.exists()
 
@@ -76,7 +76,7 @@ def test_a_learner_that_gives_up_is_not_restarted(
     pods.behaviours["learner"] = "exit-3"
     assert train(config, pods.command) == 1
     captured = capsys.readouterr()
-    assert "learner gave up" in captured.err
+    assert "learner-0 gave up" in captured.err
     assert "diverged reason=nan" in captured.err
     assert f"--resume {config.run_dir}" in captured.out
 
@@ -86,6 +86,21 @@ def test_a_wrong_environment_is_found_before_anything_starts(config: RunConfig) 
     with pytest.raises(ConfigError, match=r"env\.id = 'ALE/Pnog-v5'.*Pong"):
         training.train(wrong, plain=True, command=lambda role, flags: ["/bin/false"])
     assert not wrong.run_dir.exists()
+
+
+def test_a_run_that_would_wait_for_learners_for_ever_is_refused(config: RunConfig) -> None:
+    def asking_for(least: int) -> RunConfig:
+        learner = config.learner.model_copy(update={"min_learners": least})
+        return config.model_copy(update={"learners": 2, "learner": learner})
+
+    with pytest.raises(ConfigError) as refused:
+        train(asking_for(3), lambda role, flags: ["/bin/false"])
+    assert str(refused.value) == (
+        "learner.min_learners = 3: training would wait for more learners than are started; "
+        "allowed is at most learners = 2"
+    )
+    assert not config.run_dir.exists()
+    training.refuse_too_few_learners(asking_for(2))
 
 
 def test_the_command_to_go_on_can_be_called_as_it_is_printed(
@@ -156,13 +171,13 @@ def test_one_signal_stops_cleanly_and_says_how_to_go_on(
     number: signal.Signals,
 ) -> None:
     launcher = start_launcher()
-    assert sorted(pods.read(3)) == ["actor-0 up", "learner up", "paramserver up"]
+    assert sorted(pods.read(3)) == ["actor-0 up", "learner-0 up", "paramserver up"]
     launcher.send_signal(number)
     output, _ = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 0
     assert "continue with: " in output
     assert f"impala train --resume {config.run_dir}\n" in output
-    assert pods.rest() == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+    assert pods.rest() == ["actor-0 stopped", "learner-0 stopped", "paramserver stopped"]
 
 
 def test_what_a_stopped_run_says_of_its_steps_is_what_its_last_checkpoint_holds(
@@ -182,9 +197,9 @@ def test_a_terminal_that_is_closed_stops_cleanly(
     ours, its = os.openpty()
     launcher = start_launcher(terminal=its)
     os.close(its)
-    assert sorted(pods.read(3)) == ["actor-0 up", "learner up", "paramserver up"]
+    assert sorted(pods.read(3)) == ["actor-0 up", "learner-0 up", "paramserver up"]
     os.close(ours)
-    assert pods.rest() == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+    assert pods.rest() == ["actor-0 stopped", "learner-0 stopped", "paramserver stopped"]
     launcher.wait(timeout=PATIENCE_S)
 
 
@@ -205,7 +220,7 @@ def test_pods_of_a_killed_launcher_stop_by_themselves(pods: Pods, start_launcher
     launcher = start_launcher()
     pods.read(3)
     launcher.kill()
-    assert sorted(pods.rest()) == ["actor-0 stopped", "learner stopped", "paramserver stopped"]
+    assert sorted(pods.rest()) == ["actor-0 stopped", "learner-0 stopped", "paramserver stopped"]
 
 
 def test_a_run_directory_stays_locked_until_the_pods_of_a_killed_launcher_are_gone(
@@ -222,7 +237,7 @@ def test_a_run_directory_stays_locked_until_the_pods_of_a_killed_launcher_are_go
             train(config, pods.command, resume=True)
     [orphan] = find_processes(str(pods.pipe), "learner")
     os.kill(orphan, signal.SIGTERM)
-    assert "learner stopped" in pods.rest()
+    assert "learner-0 stopped" in pods.rest()
     with run_dir.open_run_dir(config, resume=True):
         pass
 
