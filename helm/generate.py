@@ -27,9 +27,10 @@ COMPUTED = (
     "run_id",
     "run_dir",
     "actors",
+    "learners",
     "actor.rollouts",
-    "wire.learner_endpoints",
     "wire.learner_bind",
+    "wire.learner_host",
     "wire.paramserver_endpoint",
     "wire.paramserver_bind",
     "wire.keys",
@@ -51,6 +52,7 @@ OURS = (
     "HOME",
     "IMPALA__LEARNER__NUM_THREADS",
     "IMPALA__PARAMSERVER__UPSTREAM",
+    "IMPALA__WIRE__LEARNER_HOST",
     "IMPALA__WIRE__PARAMSERVER_ENDPOINT",
 )
 """Variables that the templates set. Twice in a list, and Kubernetes refuses the pod or takes either."""
@@ -60,7 +62,7 @@ COUNT_OR_SHARE: Schema = {"anyOf": [COUNT, {"type": "string", "pattern": "^[0-9]
 
 SHAPES: dict[str, Schema] = {
     "actors": COUNT,
-    "learners": {"type": "integer", "minimum": 1, "maximum": 1},
+    "learners": POSITIVE,
     "runId": {"type": "string", "pattern": "^([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})?$"},
     "paramserver.relays": COUNT,
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},

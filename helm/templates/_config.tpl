@@ -1,14 +1,9 @@
-{{/* The RunConfig of all pods: `config`, and what only the chart knows. Nothing here depends on `actors`, so
-that scaling restarts nobody. */}}
+{{/* The RunConfig of all pods: `config`, and what only the chart knows. Nothing here depends on `actors` or
+`learners`, so that scaling restarts nobody: the parameter server tells who is there. */}}
 {{- define "impala.config" -}}
 {{- $full := include "impala.fullname" . -}}
 {{- $runId := .Values.runId | default .Release.Name -}}
-{{- $learners := list -}}
-{{- range $rank := until (int .Values.learners) -}}
-{{- $learners = append $learners (printf "tcp://%s-learner-%d.%s-learner:5555" $full $rank $full) -}}
-{{- end -}}
 {{- $wire := dict
-  "learner_endpoints" $learners
   "learner_bind" "tcp://*:5555"
   "paramserver_endpoint" (printf "tcp://%s-paramserver:5556" $full)
   "paramserver_bind" "tcp://*:5556" -}}

@@ -15,11 +15,11 @@ HELM = Path(__file__).parents[2] / "helm"
 ALERTS = HELM / "alerts"
 
 PROMETHEUS_ITSELF = {"up"}
-KUBERNETES = {"kube_deployment_spec_replicas"}
+KUBERNETES = {"kube_deployment_spec_replicas", "kube_statefulset_replicas"}
 """Of kube-state-metrics, which not every cluster has: each stands in front of an ``or``."""
 
-CHART = {"release:impala_actors_configured:count"}
-"""Recorded by the chart's template, which alone knows how many actors are asked for."""
+CHART = {"release:impala_actors_configured:count", "release:impala_learners_configured:count"}
+"""Recorded by the chart's template, which alone knows how many are asked for."""
 
 KEYWORDS = {"and", "or", "unless", "bool", "offset", "inf", "nan", "atan2"}
 _LABELS = r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)"

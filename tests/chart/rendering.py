@@ -80,15 +80,8 @@ CASES: dict[str, Sequence[str]] = {
     "claim-of-mine": ("--set", "learner.persistence.existingClaim=mine"),
     "storage-class": ("--set", "learner.persistence.storageClass=fast,learner.persistence.size=1Ti"),
     "unwatched": ("--set", "monitoring.annotations=false"),
-    "three-learners": ("--set", "learners=3", "--skip-schema-validation"),
-    **{
-        f"example-{path.stem}": (
-            "--values",
-            str(path),
-            *(["--skip-schema-validation"] if path.stem == "multi-learner" else []),
-        )
-        for path in EXAMPLES
-    },
+    "three-learners": ("--set", "learners=3,config.learner.min_learners=2"),
+    **{f"example-{path.stem}": ("--values", str(path)) for path in EXAMPLES},
 }
 
 

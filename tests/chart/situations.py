@@ -97,7 +97,8 @@ STARTED = "process_start_time_seconds"
 WAITED = "impala_learner_stage_seconds_sum"
 COMPLETE = "impala_training_complete"
 WORLD = "impala_learner_world_size"
-GENERATION = "impala_learner_generation"
+LEARNERS = "release:impala_learners_configured:count"
+REGROUPS = "impala_learner_regroups_total"
 NOT_FINITE = "impala_learner_nonfinite_updates_total"
 REFUSED = "impala_auth_failures_total"
 NO_UPDATE = "No update in the last 5 minutes, for more than 10 minutes."
@@ -111,6 +112,16 @@ REINSTALLED = {
     **one(STARTED, "_x10 600x60", role="paramserver", instance="new"),
 }
 """At once: there was no moment without a target."""
+
+
+def learners(count: int, **world: str) -> dict[str, str]:
+    """Discovered ones, of which those in ``world`` (`a="3x40"`) say how many they train with."""
+    series: dict[str, str] = {}
+    for number in range(count):
+        series |= one("up", "1x40", role="learner", pod=f"learner-{number}")
+    for pod, values in world.items():
+        series |= one(WORLD, values, role="learner", pod=pod)
+    return series
 
 
 def of(alert: str, *cases: tuple[str, Series, int, str, Mapping[str, str]]) -> list[Situation]:
@@ -271,31 +282,74 @@ SITUATIONS = [
     *of(
         "WorldDegraded",
         (
-            "two of three",
-            {**one(WORLD, "3x9 2x30"), **one(f"{WORLD}_configured", "3x40")},
+            "two of the three that the chart asks for, and the third was never seen",
+            {**learners(2, a="2x40", b="2x40"), **one(LEARNERS, "3x40")},
             *(30, "Only 2 learners train together.", {}),
         ),
-        ("all three", {**one(WORLD, "3x40"), **one(f"{WORLD}_configured", "3x40")}, 30, "", {}),
+        (
+            "the third runs, and does not get into the group",
+            learners(3, a="3x9 2x30", b="3x9 2x30", c="3x9 0x30"),
+            *(30, "Only 2 learners train together.", {}),
+        ),
+        (
+            "they wait for more of them",
+            {**learners(1, a="0x40"), **one(LEARNERS, "2x40")},
+            *(30, "Only 0 learners train together.", {}),
+        ),
+        ("all three", learners(3, a="3x40", b="3x40", c="3x40"), 30, "", {}),
+        ("the only one", {**learners(1, a="1x40"), **one(LEARNERS, "1x40")}, 30, "", {}),
         (
             "one is away for four minutes",
-            {**one(WORLD, "3x9 2x3 3x30"), **one(f"{WORLD}_configured", "3x40")},
+            learners(3, a="3x9 2x3 3x30", b="3x9 2x3 3x30", c="3x9 0x3 3x30"),
             *(14, "", {}),
+        ),
+        (
+            "scaled from one to three, and the two others have just come",
+            {**learners(1, a="1x9 3x30", b="_x9 0x1 3x30"), **one(LEARNERS, "1x9 3x30")},
+            *(20, "", {}),
+        ),
+        (
+            "scaled from three to one",
+            {**learners(1, a="3x9 1x30", b="3x9 stale"), **one(LEARNERS, "3x9 1x30")},
+            *(20, "", {}),
         ),
     ),
     *of(
         "RegroupFlapping",
         (
-            "four times",
-            one(GENERATION, "1x5 2x5 3x5 4x5 5x20"),
-            *(26, "The group was formed anew 4 times in 30 minutes.", {}),
+            "a member is lost five times, as both of the others count",
+            {
+                **one(REGROUPS, "0x5 1x5 2x5 3x5 4x5 5x20", reason="lost", pod="learner-0"),
+                **one(REGROUPS, "0x5 1x5 2x5 3x5 4x5 5x20", reason="lost", pod="learner-1"),
+            },
+            *(31, "The group broke about 5 times in 30 minutes.", {}),
         ),
         (
-            "four times, and each time the pod is another",
-            replaced(GENERATION, 1, 2, 3, 4, 5),
-            *(35, "The group was formed anew 4 times in 30 minutes.", {}),
+            "weights differ again and again",
+            one(REGROUPS, "0x5 1x5 2x5 3x5 4x5 5x20", reason="differed", pod="learner-0"),
+            *(31, "The group broke about 5 times in 30 minutes.", {}),
         ),
-        ("twice", one(GENERATION, "1x5 2x5 3x30"), 26, "", {}),
-        ("the pod was replaced twice", replaced(GENERATION, 1, 2, 3), 26, "", {}),
+        (
+            "the pod that counts is itself replaced",
+            {
+                **one(REGROUPS, "0x5 1x3 2x3 3x3 stale", reason="lost", pod="learner-0", instance="old"),
+                **one(REGROUPS, "_x16 0x2 1x2 2x2 3x20", reason="lost", pod="learner-0", instance="new"),
+            },
+            *(31, "The group broke about 6 times in 30 minutes.", {}),
+        ),
+        (
+            "three times",
+            one(REGROUPS, "0x5 1x5 2x5 3x25", reason="lost", pod="learner-0"),
+            *(31, "", {}),
+        ),
+        (
+            "eight learners are added and removed again",
+            {
+                **one(REGROUPS, "0x5 0+1x8 8x30", reason="joined", pod="learner-0"),
+                **one(REGROUPS, "0x15 0+1x8 8x30", reason="left", pod="learner-0"),
+            },
+            *(31, "", {}),
+        ),
     ),
     *of(
         "NonFiniteLoss",
@@ -305,6 +359,15 @@ SITUATIONS = [
             *(12, "About 3 updates were skipped in the last 15 minutes.", {}),
         ),
         ("long ago", one(NOT_FINITE, "0x10 3x30"), 40, "", {}),
+        (
+            "as each of three learners counts",
+            {
+                **one(NOT_FINITE, "0x10 3x30", pod="learner-0"),
+                **one(NOT_FINITE, "0x10 3x30", pod="learner-1"),
+                **one(NOT_FINITE, "0x10 3x30", pod="learner-2"),
+            },
+            *(12, "About 3 updates were skipped in the last 15 minutes.", {}),
+        ),
         ("a restart resets the counter", one(NOT_FINITE, "3x10 0x30"), 20, "", {}),
         ("the last loss is not known yet", one("impala_learner_loss", "NaN " * 40, term="total"), 20, "", {}),
     ),
@@ -323,6 +386,25 @@ SITUATIONS = [
         ("written every minute", checkpoint("0+60x40", "5x40"), 30, "", {}),
         ("the learner has just begun", checkpoint("0x40", "1100x40"), 20, "", {}),
         ("it has just resumed from an old one", checkpoint("100x40", "1100x40"), 20, "", {}),
+        (
+            "the leader's disk is full, and another learner starts again and again",
+            {
+                **checkpoint("600x40", "5x40"),
+                **replaced(STARTED, 5, 480, 960, 1440, pod="learner-1", role="learner"),
+            },
+            *(30, "Nothing has been saved for 20m 0s; a crash would cost what was trained since.", {}),
+        ),
+        (
+            "the leader has died, and the next one, which never led, is about to write",
+            {
+                **one("impala_checkpoint_timestamp_seconds", "0+60x29 stale", pod="learner-0"),
+                **one("impala_checkpoint_timestamp_seconds", "0x40", pod="learner-1"),
+                **one(STARTED, "5x29 stale", role="learner", pod="learner-0"),
+                **one(STARTED, "5x40", role="learner", pod="learner-1"),
+                **one("impala_checkpoint_interval_seconds", "60x40", role="learner", pod="learner-1"),
+            },
+            *(33, "", {}),
+        ),
         ("one an hour", checkpoint("600x40", "5x40", interval="3600x40"), 40, "", {}),
     ),
     *of(

@@ -331,29 +331,29 @@ def test_the_chart_brings_the_very_rules_that_were_tested(require_tool: RequireT
     *groups, configured = found["spec"]["groups"]
     assert groups == [group for path in FILES for group in yaml.safe_load(path.read_text())["groups"]]
     assert len({group["name"] for group in found["spec"]["groups"]}) == len(groups) + 1
-    (rule,) = configured["rules"]
-    assert rule["labels"] == RELEASE
-    assert names_in(rule["expr"]) == KUBERNETES
+    assert {rule["record"] for rule in configured["rules"]} == CHART
+    assert all(rule["labels"] == RELEASE for rule in configured["rules"])
+    assert {name for rule in configured["rules"] for name in names_in(rule["expr"])} == KUBERNETES
     path = tmp_path / "rules.yaml"
     path.write_text(yaml.safe_dump(found["spec"]))
     assert run(require_tool("promtool"), "check", "rules", path).returncode == 0
 
 
-def configured_actors(
-    promtool: Path, directory: Path, spec: Mapping[str, Any], series: Mapping[str, str]
+def desired(
+    who: str, promtool: Path, directory: Path, spec: Mapping[str, Any], series: Mapping[str, str]
 ) -> str:
-    """What promtool finds wrong if 12 actors are expected to be recorded."""
+    """What promtool finds wrong if 12 actors, or learners, are expected to be recorded."""
     (directory / "rules.yaml").write_text(yaml.safe_dump(spec))
     test = {
         "interval": "1m",
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
         "promql_expr_test": [
             {
-                "expr": "release:impala_actors_desired:count",
+                "expr": f"release:impala_{who}_desired:count",
                 "eval_time": "5m",
                 "exp_samples": [
                     {
-                        "labels": 'release:impala_actors_desired:count{namespace="ml",release="pong"}',
+                        "labels": f'release:impala_{who}_desired:count{{namespace="ml",release="pong"}}',
                         "value": 12,
                     }
                 ],
@@ -365,6 +365,7 @@ def configured_actors(
 
 
 REPLICAS = 'kube_deployment_spec_replicas{namespace="ml",deployment="pong-impala-actor"}'
+STATEFUL = 'kube_statefulset_replicas{{namespace="ml",statefulset="{}-impala-learner"}}'
 OF_ANOTHER = 'kube_deployment_spec_replicas{namespace="ml",deployment="breakout-impala-actor"}'
 
 
@@ -385,11 +386,29 @@ def test_as_many_actors_are_expected_as_the_deployment_asks_for(
     require_tool: RequireTool, tmp_path: Path, flags: tuple[str, ...], series: dict[str, str]
 ) -> None:
     found = rule_object(require_tool("helm"), *flags)
-    wrong = configured_actors(require_tool("promtool"), tmp_path, found["spec"], series)
+    wrong = desired("actors", require_tool("promtool"), tmp_path, found["spec"], series)
     assert not wrong, wrong
     other = {name: values.replace("12x", "11x") for name, values in series.items()}
     if other != series:
-        assert configured_actors(require_tool("promtool"), tmp_path, found["spec"], other)
+        assert desired("actors", require_tool("promtool"), tmp_path, found["spec"], other)
+
+
+@pytest.mark.parametrize(
+    ("flag", "series", "is_twelve"),
+    [
+        ("learners=12", {}, True),
+        ("learners=11", {}, False),
+        ("learners=1", {STATEFUL.format("pong"): "12x9", STATEFUL.format("breakout"): "3x9"}, True),
+        ("learners=12", {STATEFUL.format("pong"): "1x9"}, False),
+    ],
+    ids=["the chart's", "another number", "after kubectl scale", "after kubectl scale down"],
+)
+def test_as_many_learners_are_expected_as_the_stateful_set_asks_for(
+    require_tool: RequireTool, tmp_path: Path, flag: str, series: dict[str, str], is_twelve: bool
+) -> None:
+    found = rule_object(require_tool("helm"), "--set", flag)
+    wrong = desired("learners", require_tool("promtool"), tmp_path, found["spec"], series)
+    assert (not wrong) is is_twelve, wrong
 
 
 def annotated(found: Any) -> dict[str, Mapping[str, str]]:

@@ -11,21 +11,19 @@ import yaml
 
 from services import config
 from services.config import RunConfig
-from tests.chart.rendering import CASES, EXAMPLES, as_json, config_json, pod_of, render
+from tests.chart.rendering import CASES, EXAMPLES, Object, as_json, config_json, pod_of, render
 
 
 def decoded(*arguments: str, release: str = "impala", name: str = "impala") -> RunConfig:
     return config.validate(config_json(render(*arguments, release=release), name))
 
 
-def expected(values: dict[str, Any], learners: int = 1) -> RunConfig:
+def expected(values: dict[str, Any]) -> RunConfig:
     """The run of ``values`` in a release called impala, written down by hand."""
-    hosts = [f"tcp://impala-learner-{rank}.impala-learner:5555" for rank in range(learners)]
     of_the_chart: dict[str, Any] = {
         "run_id": "impala",
         "run_dir": "/data/impala",
         "wire": {
-            "learner_endpoints": hosts,
             "learner_bind": "tcp://*:5555",
             "paramserver_endpoint": "tcp://impala-paramserver:5556",
             "paramserver_bind": "tcp://*:5556",
@@ -121,10 +119,33 @@ def test_the_run_has_the_name_of_its_release_or_the_one_that_is_given() -> None:
     assert (named.run_id, str(named.run_dir)) == ("second", "/data/second")
 
 
-def test_actors_are_told_of_every_learner() -> None:
-    run = decoded(*CASES["three-learners"])
+def test_nobody_is_told_how_many_learners_there_are_only_how_many_there_must_be() -> None:
+    assert decoded(*CASES["three-learners"]) == expected({"learner": {"min_learners": 2}})
 
-    assert run == expected({}, learners=3)
+
+def environment_of(objects: list[Object], component: str, pod_ip: str = "10.0.0.7") -> dict[str, str]:
+    """The container's variables as the kubelet fills them in, one CPU requested."""
+    filled = {}
+    for each in pod_of(objects, component).container["env"]:
+        source = each.get("valueFrom", {})
+        told = {"status.podIP": pod_ip}.get(source.get("fieldRef", {}).get("fieldPath"))
+        filled[each["name"]] = each.get("value", told or ("1" if "resourceFieldRef" in source else ""))
+    assert all(filled.values()), filled
+    return filled
+
+
+def run_of(objects: list[Object], component: str, directory: Path) -> RunConfig:
+    """The configuration as a pod of that role loads it."""
+    file = directory / "config.json"
+    file.write_text(json.dumps(config_json(objects)))
+    return config.load(file, environment_of(objects, component))
+
+
+@pytest.mark.parametrize("case", ["default", "three-learners"])
+def test_a_learner_is_reached_at_the_address_of_its_pod(case: str, tmp_path: Path) -> None:
+    run = run_of(render(*CASES[case]), "learner", tmp_path)
+
+    assert (run.wire.learner_host, run.wire.learner_bind) == ("10.0.0.7", "tcp://*:5555")
 
 
 def test_without_security_nobody_looks_for_keys() -> None:
@@ -137,20 +158,16 @@ def test_every_example_is_the_run_that_it_says(example: Path) -> None:
 
     run = decoded(*CASES[f"example-{example.stem}"])
 
-    assert run == expected({"env": {"id": "catch"}, **asked_for["config"]}, asked_for.get("learners", 1))
+    assert run == expected({"env": {"id": "catch"}, **asked_for["config"]})
 
 
 def test_actors_alone_ask_the_relays_and_relays_ask_the_parameter_server(tmp_path: Path) -> None:
     objects = render(*CASES["relays"])
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(config_json(objects)))
 
-    def run_of(component: str) -> RunConfig:
-        env = pod_of(objects, component).container["env"]
-        values = {each["name"]: each["value"] for each in env if "value" in each}  # the rest is the kubelet's
-        return config.load(file, values)
+    def told(component: str) -> RunConfig:
+        return run_of(objects, component, tmp_path)
 
-    assert run_of("actor").wire.paramserver_endpoint == "tcp://impala-relay:5556"
-    assert run_of("learner").wire.paramserver_endpoint == "tcp://impala-paramserver:5556"
-    assert run_of("relay").paramserver.upstream == "tcp://impala-paramserver:5556"
-    assert run_of("paramserver").paramserver.upstream is None
+    assert told("actor").wire.paramserver_endpoint == "tcp://impala-relay:5556"
+    assert told("learner").wire.paramserver_endpoint == "tcp://impala-paramserver:5556"
+    assert told("relay").paramserver.upstream == "tcp://impala-paramserver:5556"
+    assert told("paramserver").paramserver.upstream is None

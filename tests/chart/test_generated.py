@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.chart.rendering import CHART, EXAMPLES, refusal
+from tests.chart.rendering import CHART, EXAMPLES
 
 
 def generate(chart: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -82,13 +82,6 @@ def test_every_example_begins_with_what_it_is_and_how_to_use_it(example: Path) -
 
     assert all(line.startswith("#") for line in opening)
     assert any(f"impala ./helm -f helm/examples/{example.name}" in line for line in opening)
-
-
-def test_the_example_of_several_learners_says_that_it_is_refused_and_it_is() -> None:
-    example = CHART / "examples" / "multi-learner.yaml"
-
-    assert example.read_text().splitlines()[0].startswith("# NOT YET")
-    assert "at '/learners': maximum: got 4, want 1" in refusal("--values", str(example))
 
 
 def test_a_package_of_the_chart_holds_what_helm_needs_and_no_more(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ def test_notes_say_how_to_watch_scale_test_and_stop(case: str) -> None:
     assert "helm test --namespace there impala" in text
     assert "helm uninstall --namespace there impala" in text
     assert "--reuse-values" not in text  # after an update of the chart it lacks the new values
-    assert ("CHART --reset-then-reuse-values --set actors=N" in text) != (
-        "autoscaling" in case or case == "everything"
-    )
+    is_scaled_by_keda = "autoscaling" in case or case == "everything"
+    scaled = "learners=N" if is_scaled_by_keda else "actors=N,learners=N"
+    assert f"CHART --reset-then-reuse-values --set {scaled}\n" in text
     assert "<no value>" not in text
     assert "%!" not in text
     assert max(len(line) for line in text.splitlines()) <= 120
@@ -35,11 +35,15 @@ def test_notes_say_how_to_watch_scale_test_and_stop(case: str) -> None:
 def test_notes_name_what_is_played_and_by_how_many() -> None:
     assert notes("--set", "actors=3").startswith("impala trains catch with 3 actors.\n")
     assert notes(*CASES["example-atari57"]).startswith("impala trains atari57 with 256 actors.\n")
+    assert notes(*CASES["three-learners"]).startswith("impala trains catch with 8 actors and 3 learners.\n")
     assert notes(*CASES["autoscaling"]).startswith("impala trains catch with 4 to 256 actors.\n")
 
 
 def test_notes_say_where_checkpoints_are_and_warn_where_they_are_lost() -> None:
     assert "pong/checkpoints of the claim data-pong-impala-learner-0" in notes(release="pong")
+    assert "While another learner leads, they are kept on the claim of that one" in notes(
+        *CASES["three-learners"]
+    )
     assert "mine/checkpoints of your claim shared" in notes(
         "--set", "runId=mine,learner.persistence.existingClaim=shared"
     )

@@ -209,7 +209,7 @@ def test_the_learner_goes_by_the_cpus_it_asks_for_and_by_the_nodes_where_it_asks
 def test_threads_of_the_configuration_are_not_overridden() -> None:
     env = pod_of(render("--set", "config.learner.num_threads=3"), "learner").container["env"]
 
-    assert [each["name"] for each in env] == ["HOME"]
+    assert [each["name"] for each in env] == ["IMPALA__WIRE__LEARNER_HOST", "HOME"]
 
 
 def test_the_last_words_of_a_pod_that_fails_are_those_of_its_log() -> None:

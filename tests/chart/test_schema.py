@@ -22,7 +22,7 @@ SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
         ("acters=3", "additional properties 'acters' not allowed"),
         ("actors=many", "at '/actors': got string, want integer"),
         ("actors=-1", "at '/actors': minimum: got -1, want 0"),
-        ("learners=2", "at '/learners': maximum: got 2, want 1"),
+        ("learners=two", "at '/learners': got string, want integer"),
         ("learners=0", "at '/learners': minimum: got 0, want 1"),
         ("paramserver.relays=-1", "at '/paramserver/relays': minimum: got -1, want 0"),
         ("runId=a/b", "at '/runId': 'a/b' does not match pattern"),
@@ -66,8 +66,9 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_is_allowed(value: str, 
         ("run_dir", "/mine"),
         ("actors", 3),
         ("actor.rollouts", 3),
-        ("wire.learner_endpoints", ["tcp://a:1"]),
+        ("learners", 3),
         ("wire.learner_bind", "tcp://*:1"),
+        ("wire.learner_host", "10.0.0.1"),
         ("wire.paramserver_endpoint", "tcp://a:1"),
         ("wire.paramserver_bind", "tcp://*:1"),
         ("wire.keys", "/keys"),
@@ -87,7 +88,7 @@ def test_what_the_chart_computes_is_refused_by_name(key: str, value: object) -> 
 
 def test_all_other_knobs_of_a_run_may_be_set_to_their_defaults(tmp_path: Path) -> None:
     values = config.dump(config.RunConfig())
-    for key in ("run_id", "run_dir", "actors"):
+    for key in ("run_id", "run_dir", "actors", "learners"):
         del values[key]
     values["wire"] = {key: value for key, value in values["wire"].items() if key in ("codec", "send_queue")}
     values["ops"] = {"log_level": "info"}
@@ -97,6 +98,15 @@ def test_all_other_knobs_of_a_run_may_be_set_to_their_defaults(tmp_path: Path) -
     file.write_text(yaml.safe_dump({"config": values}))
 
     assert render("--values", str(file))
+
+
+@pytest.mark.parametrize("learners", [1, 3])
+def test_fewer_learners_than_training_waits_for_are_refused(learners: int) -> None:
+    least = f"learners={learners},config.learner.min_learners"
+
+    said = refusal("--set", f"{least}={learners + 1}")
+    assert f"config.learner.min_learners = {learners + 1}: allowed is learners = {learners} at most" in said
+    assert render("--set", f"{least}={learners}")
 
 
 def test_a_value_of_the_default_may_be_taken_away() -> None:

@@ -29,6 +29,26 @@ def test_scaling_actors_changes_the_number_of_replicas_and_nothing_else(case: st
     assert lines == ["-   replicas: 8", "+   replicas: 256"]
 
 
+@pytest.mark.parametrize("case", ["default", "relays", "evaluator", "egress"])
+def test_scaling_learners_changes_the_number_of_replicas_and_nothing_else(case: str) -> None:
+    lines = changed((*CASES[case],), (*CASES[case], "--set", "learners=3"))
+
+    assert lines == ["-   replicas: 1", "+   replicas: 3"]
+
+
+@pytest.mark.parametrize("value", ["actors=256", "learners=3"])
+def test_scaling_restarts_no_pod_whatever_else_is_on(value: str) -> None:
+    def templates(*arguments: str) -> dict[str, Object]:
+        return {
+            each["metadata"]["name"]: each["spec"]["template"]
+            for each in render(*KEPT, *CASES["everything"], *arguments)
+            if "template" in each.get("spec", {})
+        }
+
+    assert templates("--set", value) == templates()
+    assert {f"impala-{role}" for role in ("actor", "learner", "paramserver", "relay")} < templates().keys()
+
+
 def test_with_autoscaling_nobody_but_keda_sets_the_number_of_actors() -> None:
     assert (
         changed((*CASES["autoscaling"], "--set", "actors=8"), (*CASES["autoscaling"], "--set", "actors=9"))

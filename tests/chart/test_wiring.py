@@ -69,19 +69,23 @@ def test_every_address_that_a_pod_is_told_is_a_service_or_a_pod_behind_one(case:
     )
     addresses = re.findall(r"(?:tcp|http)://([a-z0-9.-]+):(\d+)", told)
 
-    assert len(addresses) >= 4
+    assert len(addresses) >= 3
     for host, port in addresses:
-        pod, _, service = host.rpartition(".")
-        assert int(port) in {each["port"] for each in services[service]["ports"]}, host
-        if pod:
-            workload = find(objects, "StatefulSet", pod.rpartition("-")[0])
-            assert workload["spec"]["serviceName"] == service
-            assert services[service]["clusterIP"] == "None"
-            assert int(pod.rpartition("-")[2]) < workload["spec"]["replicas"]
+        assert int(port) in {each["port"] for each in services[host]["ports"]}, host
 
 
-def test_learners_are_found_before_they_are_ready() -> None:
-    assert find(render(), "Service", "impala-learner")["spec"]["publishNotReadyAddresses"] is True
+def test_no_address_of_a_learner_is_in_the_configuration_that_all_pods_share() -> None:
+    assert "learner-" not in str(config_json(render(*CASES["three-learners"])))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_learner_has_a_claim_and_a_name_of_its_own(case: str) -> None:
+    learners = find(render(*CASES[case]), "StatefulSet", "impala-learner")["spec"]
+    data = {volume["name"]: volume for volume in learners["template"]["spec"]["volumes"]}.get("data")
+
+    assert learners["serviceName"] == "impala-learner"
+    assert "--learner-id" not in learners["template"]["spec"]["containers"][0]["args"]  # the host's name
+    assert ("volumeClaimTemplates" in learners) == (data is None)
 
 
 def test_a_pod_that_is_never_ready_does_not_stand_in_the_way_of_the_upgrade_that_mends_it() -> None:
