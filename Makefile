@@ -9,7 +9,7 @@ LEARNER_TORCH_INDEX_URL ?=
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check bench image chart cluster-test lock clean
+.PHONY: help train test check bench chaos image chart cluster-test lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ cluster-test: .venv/.installed ## run the tests against the cluster of KUBECONFI
 
 bench: .venv/.installed ## measure
 	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: .venv/.installed ## kill, freeze and cut off the pods of a running system; more than an hour
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 # The builds of torch come from where the Dockerfile says: make image TORCH_INDEX_URL=... LEARNER_TORCH_INDEX_URL=...
 # With a builder that is not BuildKit: make image DOCKER_ARGS=--network=host, and DOCKER_BUILDKIT=0 in the environment.

@@ -3,6 +3,7 @@
     parts     environment, inference and training on one core each, and the bound that follows from them
     wire      bytes per agent step and microseconds per rollout, on real frames; what encryption costs
     system    the whole of `impala train` on this machine: steps/s, memory, lag, bytes, against its bound
+    learners  samples/s of 1, 2, 4, 8 learners in a group, as far as there are cores
     fleet     the servers under hundreds of clients, with and without keys; `fleet --help`
 
 Without a name the first three run. Machines are noisy: compare figures of one call, not of two.
@@ -27,15 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks import fleet
 
         return fleet.main(words[1:])
-    from benchmarks import parts, system, wire
+    from benchmarks import learners, parts, system, wire
     from benchmarks.options import VARIANTS, Options
 
-    measurements = {"parts": parts.measure, "wire": wire.measure, "system": system.measure}
+    usual = ("parts", "wire", "system")
+    measurements = {
+        "parts": parts.measure,
+        "wire": wire.measure,
+        "system": system.measure,
+        "learners": learners.measure,
+    }
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"of {', '.join(measurements)}; all if none; or fleet"
+        "names", nargs="*", metavar="name", help=f"of {', '.join(measurements)}; or fleet, alone"
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="of each whole-system run (default 60)")
     parser.add_argument("--env", default="ALE/Pong-v5", help="what is played (default ALE/Pong-v5)")
@@ -54,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if strange:
         parser.error(f"--variants: no variant {strange[0]!r}; allowed are {', '.join(VARIANTS)} and all")
     options = Options(env=arguments.env, variants=variants, seconds=arguments.seconds)
-    results = {name: measurements[name](options) for name in arguments.names or measurements}
+    results = {name: measurements[name](options) for name in arguments.names or usual}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0

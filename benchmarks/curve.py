@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.options import heading, median_seconds, row
 from services.wire import keygen
 from services.wire.keys import Role, load_keys
-from services.wire.messages import Buffer
+from services.wire.messages import Buffer, Destination
 from services.wire.security import Doorkeeper, Refused
 from services.wire.sockets import Replier, Requester, RolloutReceiver, RolloutSender
 
@@ -56,12 +56,15 @@ def _rollout_seconds(rollouts: Sequence[list[Buffer]], keys: Path | None) -> flo
         closing(_door(keys, "learner")) as door,
         RolloutReceiver(ENDPOINT, 8, most_bytes, door) as receiver,
         _kept(door),
-        RolloutSender([receiver.endpoint], 8, most_bytes, load_keys(keys, "actor")) as sender,
+        RolloutSender(8, most_bytes, load_keys(keys, "actor")) as sender,
     ):
+        sender.follow([Destination(endpoint=receiver.endpoint, since=1)])
 
         def send() -> None:
             for frames in rollouts:
-                assert sender.send(frames, PATIENCE_S)
+                learner = sender.choose(PATIENCE_S)
+                assert learner is not None
+                assert learner.send(frames)
 
         def carry() -> None:
             with _beside(send):

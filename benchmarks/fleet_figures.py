@@ -13,7 +13,10 @@ from benchmarks.options import row
 from benchmarks.swarm import Record
 
 Figures = dict[str, float]
+Curves = dict[str, list[tuple[float, float]]]
+"""By role, what it held when: (seconds since the window began, MB)."""
 SHARES = {"50": 0.5, "99": 0.99, "100": 1.0}
+RSS = "process_resident_memory_bytes"
 TAIL_S = 1.0
 """Versions that are newer than this at the end are left out: they had no time to reach everybody."""
 
@@ -34,6 +37,15 @@ class Sample:
         return sum(
             value for series, value in self.series.get(role, {}).items() if series.partition("{")[0] == name
         )
+
+
+def told_together(series: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """By role: the series of all relays are summed, as if they were one."""
+    told = {name: each for name, each in series.items() if not name.startswith("relay-")}
+    relays = [each for name, each in series.items() if name.startswith("relay-")]
+    if relays:
+        told["relays"] = {name: sum(each.get(name, 0.0) for each in relays) for name in relays[0]}
+    return told
 
 
 def figures_of(
@@ -71,6 +83,7 @@ def figures_of(
         figures["sent"] = sum(each.sent for each in records)
     for role in first.series:
         figures |= _of_process(role, samples, during)
+        figures[f"{role}_rss_mb_per_minute"] = growth(memory_of(samples, window_s)[role])
     figures["clients_cpu_s"] = clients_cpu_s
     return figures
 
@@ -98,6 +111,28 @@ def spread(
         for share, part in SHARES.items():
             durations[share].append(held_s[math.ceil(part * len(held_s)) - 1] - start_s)
     return {share: statistics.median(each) if each else math.nan for share, each in durations.items()}
+
+
+def memory_of(samples: Sequence[Sample], window_s: tuple[float, float]) -> Curves:
+    """Of each role, over the window; moments at which it did not answer are left out."""
+    begun_s, ended_s = window_s
+    during = [each for each in samples if begun_s <= each.time_s <= ended_s]
+    return {
+        role: [
+            (round(each.time_s - begun_s, 2), each.get(role, RSS) / 1e6)
+            for each in during
+            if each.get(role, RSS)
+        ]
+        for role in samples[0].series
+    }
+
+
+def growth(curve: Sequence[tuple[float, float]]) -> float:
+    """MB a minute, by least squares over the second half: what is allocated once is allocated by then."""
+    late = [(time_s / 60, mb) for time_s, mb in curve if time_s >= curve[-1][0] / 2]
+    if len({minute for minute, _ in late}) < 2:
+        return math.nan
+    return statistics.linear_regression(*zip(*late, strict=True)).slope
 
 
 def _first_seen(records: Sequence[Record]) -> dict[int, float]:
@@ -167,18 +202,22 @@ def _of_process(role: str, samples: Sequence[Sample], during: Sequence[Sample]) 
     return {
         f"{role}_cpu_s": used_s,
         f"{role}_cores": used_s / (during[-1].time_s - during[0].time_s),
-        f"{role}_rss_mb_before": samples[0].get(role, "process_resident_memory_bytes") / 1e6,
-        f"{role}_rss_mb_peak": peak("process_resident_memory_bytes") / 1e6,
+        f"{role}_rss_mb_before": samples[0].get(role, RSS) / 1e6,
+        f"{role}_rss_mb_peak": peak(RSS) / 1e6,
         f"{role}_files_peak": peak("process_open_fds"),
         f"{role}_files_allowed": samples[0].get(role, "process_max_fds"),
     }
 
 
 def table(columns: Mapping[str, Figures]) -> None:
-    """A line a figure; where there are two columns, also the second over the first."""
-    both = [*columns.values()] if len(columns) == 2 else None
-    row("", *columns, *(["ratio"] if both else []))
-    for name in next(iter(columns.values())):
-        values = [figures[name] for figures in columns.values()]
-        ratio = [f"{values[1] / values[0]:.2f}" if values[0] else "-"] if both else []
-        row(name, *(f"{value:,.6g}" for value in values), *ratio)
+    """A line a figure; after each column but the first, what share of the first one it is."""
+    head = [name if at == 0 else f"{name} (ratio)" for at, name in enumerate(columns)]
+    row("", *head)
+    names = dict.fromkeys(itertools.chain.from_iterable(columns.values()))  # in their order
+    for name in names:
+        first, *others = (figures.get(name, math.nan) for figures in columns.values())
+        row(name, f"{first:,.6g}", *(f"{value:,.6g} ({_ratio(value, first)})" for value in others))
+
+
+def _ratio(value: float, first: float) -> str:
+    return f"{value / first:.2f}" if first else "-"

@@ -1,4 +1,4 @@
-"""For ``fleet``: a parameter server and a learner of our own, as processes over TCP; what pods report."""
+"""For ``fleet``: parameter server, relays and learner of our own, as processes over TCP; what pods report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,13 @@ SCRAPE_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pods:
-    """Where they are. ``learner`` and its metrics are None where weights come from ``fleet`` itself."""
+    """Where they are. Where there is no learner, weights come from ``fleet`` itself."""
 
     paramserver: str
-    learner: str | None
+    relays: Sequence[str] = ()
+    """Which clients ask in its place, if there are any."""
     metrics: Mapping[str, str]
-    """Role -> host:port."""
+    """Name -> host:port: paramserver, learner, relay-0, ..."""
     keys: Path | None
     run_id: str
 
@@ -39,41 +40,62 @@ def make_keys(directory: Path) -> Path:
     return directory
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """What is to be started."""
+
+    env: str
+    keys: Path | None = None
+    learner: str | None = "learner"
+    """Or one of ``stand_in.KINDS`` in its place, or nobody."""
+    relays: int = 0
+
+
 @contextlib.contextmanager
-def own_pods(env: str, keys: Path | None, with_learner: bool) -> Iterator[Pods]:
+def own_pods(own: Own) -> Iterator[Pods]:
     """Started, with weights to give away if there is a learner; ended with the block."""
-    roles = ("paramserver", "learner") if with_learner else ("paramserver",)
+    relays = [f"relay-{number}" for number in range(own.relays)]
+    names = ["paramserver", *(["learner"] if own.learner else []), *relays]
     with contextlib.ExitStack() as held:
         directory = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="impala-fleet-")))
-        ports = iter(held.enter_context(reserved_ports(0, 2 * len(roles))))
-        endpoints = {role: f"tcp://127.0.0.1:{next(ports)}" for role in roles}
-        metrics = {role: f"127.0.0.1:{next(ports)}" for role in roles}
-        flags = ["--env", env, "--run_id", "fleet", "--run_dir", str(directory / "run")]
+        ports = iter(held.enter_context(reserved_ports(0, 2 * len(names))))
+        endpoints = {name: f"tcp://127.0.0.1:{next(ports)}" for name in names}
+        metrics = {name: f"127.0.0.1:{next(ports)}" for name in names}
+        flags = ["--env", own.env, "--run_id", "fleet", "--run_dir", str(directory / "run")]
         flags += ["--parent-pid", str(os.getpid()), "--ops.host", "127.0.0.1"]
-        flags += ["--wire.keys", str(keys)] if keys else []
-        flags += ["--wire.paramserver_bind", endpoints["paramserver"]]
+        flags += ["--wire.keys", str(own.keys)] if own.keys else []
         flags += ["--wire.paramserver_endpoint", endpoints["paramserver"]]
-        if with_learner:
-            flags += ["--wire.learner_bind", endpoints["learner"]]
-        for role in roles:
-            log = held.enter_context((directory / f"{role}.log").open("ab"))
-            command = [sys.executable, "-m", f"services.{role}", *flags]
+        for name in names:
+            log = held.enter_context((directory / f"{name}.log").open("ab"))
+            bind = "learner_bind" if name == "learner" else "paramserver_bind"
+            command = [*_program(name, own), *flags, f"--wire.{bind}", endpoints[name]]
+            if name in relays:
+                command += ["--paramserver.upstream", endpoints["paramserver"]]
             process = subprocess.Popen(
-                [*command, "--ops.port", metrics[role].rpartition(":")[2]],
+                [sys.executable, "-m", *command, "--ops.port", metrics[name].rpartition(":")[2]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for us
             )
             held.callback(_end, process)
-            _await_ready(role, metrics[role], process, directory / f"{role}.log")
+            _await_ready(name, metrics[name], process, directory / f"{name}.log")
         yield Pods(
             paramserver=endpoints["paramserver"],
-            learner=endpoints.get("learner"),
+            relays=[endpoints[name] for name in relays],
             metrics=metrics,
-            keys=keys,
+            keys=own.keys,
             run_id="fleet",
         )
+
+
+def _program(name: str, own: Own) -> list[str]:
+    if name != "learner":
+        return ["services.paramserver", "--paramserver-id", name]
+    assert own.learner is not None
+    if own.learner == "learner":
+        return ["services.learner", "--learner-id", "learner-0"]
+    return ["benchmarks.stand_in", own.learner, "--learner-id", "learner-0"]
 
 
 def scrape(address: str, path: str = "/metrics") -> dict[str, float]:
@@ -85,7 +107,7 @@ def scrape(address: str, path: str = "/metrics") -> dict[str, float]:
         return {}
 
 
-def _await_ready(role: str, address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _await_ready(name: str, address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     host, _, port = address.rpartition(":")
     deadline_s = time.monotonic() + START_S
     while True:
@@ -94,7 +116,7 @@ def _await_ready(role: str, address: str, process: subprocess.Popen[bytes], log:
         except NoMetricsError as error:
             if process.poll() is not None or time.monotonic() > deadline_s:
                 words = log.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"the {role} is not ready: {error}; its log:\n{words}") from None
+                raise RuntimeError(f"the {name} is not ready: {error}; its log:\n{words}") from None
             time.sleep(0.1)
         else:
             return

@@ -16,7 +16,6 @@ from benchmarks.options import Options, heading, median_seconds, row
 from services import config as configuration
 from services.config import RunConfig
 from services.learner.batch import Batch, rollout_schema
-from services.learner.group import Group
 from services.learner.trainer import Trainer
 from services.rl import precision
 from services.rl.actions import Discrete
@@ -108,7 +107,6 @@ def training_rate(config: RunConfig, spec: EnvSpec, dtype: torch.dtype) -> float
         frame_stack=spec.frame_stack,
         device=CPU,
         dtype=dtype,
-        group=Group(),
     )
     batch = random_batch(config, spec, actions)
     return config.steps_per_update / median_seconds(lambda: trainer.update(batch))

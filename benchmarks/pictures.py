@@ -2,6 +2,7 @@
 
 python -m benchmarks.pictures curve RUN_DIR docs/pong.png      return over agent steps, beside a peer's
 python -m benchmarks.pictures display RUN_DIR docs/display.svg the live display of a run that is going on
+python -m benchmarks.pictures memory FLEET.json docs/fleet-rss.png  of pods under a fleet, from its --json
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("picture", choices=["curve", "display"])
-    parser.add_argument("run_dir", type=Path)
+    pictures = {"curve": curve, "display": display, "memory": memory}
+    parser.add_argument("picture", choices=pictures)
+    parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args(argv)
-    {"curve": curve, "display": display}[arguments.picture](arguments.run_dir, arguments.out)
+    pictures[arguments.picture](arguments.source, arguments.out)
     return 0
 
 
@@ -88,6 +90,29 @@ def curve(run_dir: Path, out: Path) -> None:
     print(f"{out}: {steps[-1]:,} steps, return {returns[0]:.2f} -> {returns[-1]:.2f}")
 
 
+def memory(figures: Path, out: Path) -> None:
+    """Resident memory of each pod over the window, of every measurement in the file."""
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    colours = {"learner": "#0b7a75", "paramserver": "#d97706", "relays": "#9aa0a6"}
+    styles = ("-", "--", ":")
+    for load, columns in json.loads(figures.read_text()).items():
+        for style, (column, figures_of_it) in zip(styles, columns.items(), strict=False):
+            for role, curve in figures_of_it["memory"].items():
+                minutes, megabytes = [s / 60 for s, _ in curve], [mb for _, mb in curve]
+                label = f"{role}, {column}, {figures_of_it['clients']:g} clients"
+                axis.plot(minutes, megabytes, style, color=colours[role], linewidth=1.5, label=label)
+                print(f"{load}, {label}: {min(megabytes):.1f} to {max(megabytes):.1f} MB")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("minutes")
+    axis.set_ylabel("resident memory, MB")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    figure.savefig(out, dpi=130)
+
+
 def binned(reports: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """(first step, mean return) of every bin in which episodes ended."""
     sums: dict[int, tuple[float, int]] = {}
@@ -115,7 +140,7 @@ def display(run_dir: Path, out: Path) -> None:
     ports = {t["labels"]["pod"]: int(t["targets"][0].rpartition(":")[2]) for t in targets}
     scraper = Scraper(ports, interval_s=1.0)
     time.sleep(2.0)
-    before = scraper.latest()["learner"]
+    before = scraper.latest()["learner-0"]
     time.sleep(WATCH_S)
     latest = scraper.latest()
     scraper.close()
@@ -130,7 +155,7 @@ def display(run_dir: Path, out: Path) -> None:
             run_dir=Path("runs") / run_dir.name,
         ),
         before,
-        latest["learner"],
+        latest["learner-0"],
         pods=tuple(
             PodStatus(
                 name=target["labels"]["pod"],

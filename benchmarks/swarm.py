@@ -1,9 +1,10 @@
 """Many clients in few processes: to the parameter server and the learner each of them is an actor.
 
-Every client has an actor's two sockets, its handshakes, its long poll with the lease of a seat, and sends
-rollouts that were recorded once, under its own name, sequence and the policy version that it holds. One
-thread turns all clients of a process, because what is measured is the other side. ``fleet`` starts swarms and
-reads what they report; weights are taken, timed and thrown away. Never torch.
+Every client has an actor's sockets, its handshakes, its long poll with the lease of a seat, and sends
+rollouts that were recorded once, under its own name, sequence and the policy version that it holds, to the
+learners of which it is told. One thread turns all clients of a process, because what is measured is the
+other side. ``fleet`` starts swarms and reads what they report; weights are taken, timed and thrown away.
+Never torch.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from services.ops.pod import raise_file_limit
 from services.wire import codec
 from services.wire.keys import Keys, load_keys
 from services.wire.messages import (
+    NO_GENERATION,
     NO_SEAT,
     NO_VERSION,
     Buffer,
     Client,
+    Destination,
     Goodbye,
     Pull,
     Refusal,
@@ -43,6 +46,8 @@ SOCKETS_PER_CLIENT = 16
 """Two, each with both ends of its monitor, and as many again that libzmq has yet to take apart."""
 TURN_S = 0.01
 """How often a client whose learner had no room tries again."""
+BURST = 16
+"""Rollouts that a client without a rate sends in a turn, if there is room; then come the others."""
 PROGRESS_S = 0.1
 REFUSED_PAUSE_S = 2.0
 GOODBYES_S = 1.0
@@ -54,9 +59,10 @@ CONNECT, LEAVE = "connect", "leave"
 class Target:
     """The system under load, and how its actors behave."""
 
-    paramserver: str
-    learner: str | None
-    """None where only weights are asked for."""
+    paramservers: Sequence[str]
+    """The parameter server, or its relays, over which the clients are spread."""
+    sends: bool
+    """Rollouts; or else it only asks for weights."""
     keys: Path | None
     run_id: str
     max_message_bytes: int
@@ -106,31 +112,33 @@ class Impostor:
     """One client. ``turn_weights`` and ``turn_rollouts`` never wait."""
 
     def __init__(
-        self, name: str, target: Target, keys: Keys | None, rollouts: Sequence[Rollout], first: int
+        self, name: str, target: Target, keys: Keys | None, rollouts: Sequence[Rollout], number: int
     ) -> None:
-        """``first`` is the recorded rollout that it begins with."""
+        """``number`` decides whom it asks for weights, and which recorded rollout is its first."""
         self.record = Record(name=name)
         self.version = NO_VERSION
         self._target = target
+        self._paramserver = target.paramservers[number % len(target.paramservers)]
         self._keys = keys
         self._client = Client(client_id=name, incarnation=time.time_ns())
         self._expected = codec.Expected(run_id=target.run_id, max_message_bytes=target.max_message_bytes)
         self._rollouts = rollouts
-        self._next = first
+        self._next = number
         self._training = False
         self._asked_s = -math.inf
         self._asking = True
         """The request is not on its way yet."""
         self._pause_until_s = -math.inf
         self._silences = 0
-        self._waiting: list[Buffer] | None = None
+        self._generation = NO_GENERATION
+        self._learners: tuple[Destination, ...] = ()
         self._send_at_s = -math.inf
         self._sender: RolloutSender | None = None
         self.requester = self._connect()
 
     def _connect(self) -> Requester:
         self._asking = True
-        return Requester(self._target.paramserver, self._target.max_message_bytes, self._keys)
+        return Requester(self._paramserver, self._target.max_message_bytes, self._keys)
 
     def turn_weights(self, now_s: float) -> None:
         """Ask for weights and the seat, or take the answer, as ``wire.subscriber`` does."""
@@ -160,19 +168,27 @@ class Impostor:
             self._silences += 1
 
     def turn_rollouts(self, now_s: float) -> None:
-        """Send the next rollout, if it is due and the learner has room."""
-        if self._sender is None or not self._training or now_s < self._send_at_s:
+        """Send what is due, as far as a learner has room."""
+        if self._sender is None or not self._training:
             return
-        if self._waiting is None:
-            self._waiting = codec.encode(self._rollout())
-        if not self._sender.send(self._waiting, 0.0):
-            return
-        self._waiting = None
+        rate = self._target.rollouts_per_second
+        if rate is None:
+            for _ in range(BURST):
+                if not self._send(now_s):
+                    return
+        elif now_s >= self._send_at_s and self._send(now_s):
+            self._send_at_s = max(self._send_at_s, now_s - 1 / rate) + 1 / rate
+
+    def _send(self, now_s: float) -> bool:
+        """The next rollout; False if no learner had room."""
+        assert self._sender is not None
+        learner = self._sender.choose(0.0)
+        if learner is None or not learner.send(codec.encode(self._rollout(learner.sequence))):
+            return False
+        self._next += 1
         self.record.sent += 1
         self.record.sent_s = min(self.record.sent_s, now_s)
-        rate = self._target.rollouts_per_second
-        if rate is not None:
-            self._send_at_s = max(self._send_at_s, now_s - 1 / rate) + 1 / rate
+        return True
 
     def leave(self) -> None:
         """Give the seat back."""
@@ -190,6 +206,7 @@ class Impostor:
             sender=self._client,
             have_version=self.version,
             seats_for=(self._client,),
+            generation=self._generation,
         )
 
     def _take(self, frames: list[Buffer], now_s: float) -> None:
@@ -204,6 +221,8 @@ class Impostor:
             self._pause_until_s = now_s + REFUSED_PAUSE_S
             return
         self._training = reply.state == "training"
+        if reply.generation != NO_GENERATION:
+            self._generation, self._learners = reply.generation, reply.learners
         if reply.payload is not None:
             self.version = reply.version
             record.weights_s = min(record.weights_s, now_s)
@@ -213,26 +232,27 @@ class Impostor:
         if seat != NO_SEAT:
             record.seated_s = min(record.seated_s, now_s)
             self._client = replace(self._client, seat=seat)
-        if self._sender is None and record.ready_s <= now_s and self._target.learner is not None:
-            self._sender = RolloutSender(
-                [self._target.learner], self._target.send_queue, self._target.max_message_bytes, self._keys
-            )
+        if self._target.sends and record.ready_s <= now_s:
+            if self._sender is None:
+                self._sender = RolloutSender(
+                    self._target.send_queue, self._target.max_message_bytes, self._keys
+                )
+            self._sender.follow(self._learners)
 
-    def _rollout(self) -> Rollout:
+    def _rollout(self, sequence: int) -> Rollout:
         """A recorded one under our name: only the header is encoded anew."""
         recorded = self._rollouts[self._next % len(self._rollouts)]
-        self._next += 1
         return replace(
             recorded,
             run_id=self._target.run_id,
             actor_id=self._client.client_id,
             incarnation=self._client.incarnation,
-            sequence=self.record.sent,
+            sequence=sequence,
             policy_version=self.version,
         )
 
 
-def live(names: Sequence[str], target: Target, rollouts: Sequence[Rollout], link: Connection) -> None:
+def live(numbers: Sequence[int], target: Target, rollouts: Sequence[Rollout], link: Connection) -> None:
     """The body of a process: ready, wait for the word, connect all at once, serve until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops us
     zmq.Context.instance().set(zmq.MAX_SOCKETS, SOCKETS_PER_CLIENT * CLIENTS_PER_PROCESS)
@@ -242,7 +262,7 @@ def live(names: Sequence[str], target: Target, rollouts: Sequence[Rollout], link
     try:
         if link.recv() != CONNECT:
             return
-        clients = [Impostor(name, target, keys, rollouts, first) for first, name in enumerate(names)]
+        clients = [Impostor(f"fleet-{number}", target, keys, rollouts, number) for number in numbers]
         _turn(clients, link)
         for client in clients:
             client.leave()
@@ -281,7 +301,7 @@ class Swarm:
 
     def __init__(self, num_clients: int, target: Target, rollouts: Sequence[Rollout]) -> None:
         """Start the processes and wait until they are there."""
-        names = [f"fleet-{number}" for number in range(num_clients)]
+        numbers = range(num_clients)
         spawn = multiprocessing.get_context("spawn")
         self._links: list[Connection] = []
         self._processes = []
@@ -292,7 +312,7 @@ class Swarm:
                     ours, theirs = spawn.Pipe()
                     process = spawn.Process(
                         target=live,
-                        args=(names[start : start + CLIENTS_PER_PROCESS], target, rollouts, theirs),
+                        args=(numbers[start : start + CLIENTS_PER_PROCESS], target, rollouts, theirs),
                         daemon=True,
                     )
                     process.start()

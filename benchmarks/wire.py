@@ -22,7 +22,7 @@ from services.learner.batch import message_bytes, rollout_schema
 from services.rl.actions import Discrete
 from services.rl.envs import env_spec, make_vector_env
 from services.wire import codec
-from services.wire.messages import Buffer, Rollout
+from services.wire.messages import Buffer, Destination, Rollout
 from services.wire.sockets import RolloutReceiver, RolloutSender
 
 ENVS = 16
@@ -143,9 +143,12 @@ def through_a_socket(
         received = threading.Event()
 
         def send() -> None:
-            with RolloutSender([endpoint], queue=8, max_message_bytes=expected.max_message_bytes) as sender:
+            with RolloutSender(queue=8, max_message_bytes=expected.max_message_bytes) as sender:
+                sender.follow([Destination(endpoint=endpoint, since=1)])
                 for frames in messages:
-                    assert sender.send(frames, timeout_s=10.0)
+                    learner = sender.choose(timeout_s=10.0)
+                    assert learner is not None
+                    assert learner.send(frames)
                 received.wait(10.0)
 
         thread = threading.Thread(target=send)

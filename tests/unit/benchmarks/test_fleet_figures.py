@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.fleet_figures import Sample, figures_of, spread
+from benchmarks.fleet_figures import Sample, figures_of, growth, memory_of, spread, told_together
 from benchmarks.swarm import Record
 
 
@@ -74,3 +74,25 @@ def test_rates_are_of_the_window_and_refusals_of_the_whole_time() -> None:
     assert (figures["seats_held"], figures["seats_after_goodbyes"]) == (2, 0)
     assert figures["ready_50_s"] == pytest.approx(11.0)
     assert figures["ready_100_s"] == math.inf
+
+
+def test_relays_are_told_as_if_they_were_one() -> None:
+    told = told_together({"paramserver": {"a": 1.0}, "relay-0": {"a": 2.0, "b": 3.0}, "relay-1": {"a": 4.0}})
+    assert told == {"paramserver": {"a": 1.0}, "relays": {"a": 6.0, "b": 3.0}}
+    assert told_together({"paramserver": {}}) == {"paramserver": {}}
+
+
+def test_memory_is_that_of_the_window_and_a_missing_answer_is_no_memory() -> None:
+    def sample(time_s: float, rss: float) -> Sample:
+        return Sample(time_s, {"learner": {"process_resident_memory_bytes": rss} if rss else {}})
+
+    samples = [sample(9, 1e6), sample(10, 2e6), sample(11, 0), sample(12.5, 3e6), sample(21, 4e6)]
+    assert memory_of(samples, (10.0, 20.0)) == {"learner": [(0.0, 2.0), (2.5, 3.0)]}
+
+
+def test_growth_is_that_of_the_second_half() -> None:
+    begins_and_stays = [(float(s), min(s, 20) * 10.0) for s in range(61)]
+    assert growth(begins_and_stays) == pytest.approx(0.0, abs=1e-9)
+    leaks = [(float(s), 100 + 0.5 * s) for s in range(61)]
+    assert growth(leaks) == pytest.approx(30.0)
+    assert math.isnan(growth([(0.0, 1.0)]))
