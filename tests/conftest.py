@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -49,6 +50,13 @@ def find_tool(name: str) -> Path:
     reason = f"the program {name!r} is not installed"
     if in_ci():
         pytest.fail(f"{reason}, and CI must not skip; .ci/run is where it gets installed", pytrace=False)
+    pytest.skip(reason)
+
+
+def not_permitted(reason: str) -> NoReturn:
+    """Ends the running test, which needs more rights than there are: a skip, or a failure in CI."""
+    if in_ci():
+        pytest.fail(f"{reason}; CI must not skip: run it as root", pytrace=False)
     pytest.skip(reason)
 
 

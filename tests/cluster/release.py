@@ -22,6 +22,7 @@ CATCH_RETURN = 'impala_episode_return{task="catch"}'
 SEATS = "impala_paramserver_seats"
 UPDATES = "impala_learner_updates_total"
 STEPS = "impala_learner_steps"
+WORLD_SIZE = "impala_learner_world_size"
 MEMORY = "process_resident_memory_bytes"
 
 
@@ -78,8 +79,13 @@ class Release:
         return pods[0]
 
     def metrics(self, role: str) -> dict[str, float]:
-        """Of the only learner or parameter server; empty while it does not answer."""
+        """Of the first learner, or the parameter server; empty while it does not answer."""
         return self.namespace.metrics(f"{self.name}-{role}-0")
+
+    def learners(self) -> dict[str, dict[str, float]]:
+        """The metrics of the learners that are in a group, by pod. One that has just started is in none."""
+        answers = {pod.name: self.namespace.metrics(pod.name) for pod in self.pods("learner")}
+        return {name: metrics for name, metrics in answers.items() if metrics.get(WORLD_SIZE)}
 
     def seats(self) -> int | None:
         """Actors that the parameter server knows; None while it does not answer."""
@@ -87,16 +93,17 @@ class Release:
         return None if value is None else int(value)
 
     def steps(self) -> float | None:
-        """Agent steps trained in this run; None while the learner does not answer."""
-        return self.metrics("learner").get(STEPS)
+        """Agent steps trained in this run; None while no learner that trains answers."""
+        return max((metrics[STEPS] for metrics in self.learners().values()), default=None)
 
     # --- what is waited for ----------------------------------------------------------------------------
 
     def ready(self, **others: int) -> list[Pod] | None:
-        """All pods, if these are exactly a learner, a parameter server and ``others``, and all are ready."""
+        """All pods, if these are exactly a learner (unless others say), a parameter server and ``others``,
+        and all are ready."""
         pods = self.pods()
         counts = Counter(pod.role for pod in pods)
-        as_wanted = counts == Counter(learner=1, paramserver=1) + Counter(others)
+        as_wanted = counts == Counter({"learner": 1, "paramserver": 1, **others})
         return pods if as_wanted and all(pod.is_ready for pod in pods) else None
 
     def await_ready(self, **others: int) -> list[Pod]:
@@ -119,14 +126,14 @@ class Release:
 
 
 class Progress:
-    """Looks at the learner's steps all the time, in a thread: `with Progress(release) as progress`."""
+    """Looks at the learners' steps all the time, in a thread: `with Progress(release) as progress`."""
 
     def __init__(self, release: Release) -> None:
         self._release = release
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self.samples: list[tuple[float, float]] = []
-        """(monotonic time, steps), whenever the learner answered."""
+        """(monotonic time, steps), whenever a learner answered."""
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -46,7 +46,6 @@ def start_pod(tmp_path: Path) -> Iterator[StartPod]:
         wire = ["--run_dir", str(tmp_path / "run")]
         for key, name in {
             "learner_bind": "learner",
-            "learner_endpoints": "learner",
             "paramserver_bind": "paramserver",
             "paramserver_endpoint": "paramserver",
         }.items():

@@ -184,7 +184,7 @@ class Run(Process):
         super().__init__([sys.executable, "-m", "services.cli", "train", "--plain", *flags], log)
 
     def pod(self, name: str) -> RunningPod | None:
-        """`paramserver`, `learner`, `actor-0`, ...; None between its lives."""
+        """`paramserver`, `learner-0`, `actor-0`, ...; None between its lives."""
         role = name.partition("-")[0]
         words = ["-m", f"services.{role}", str(self.run_dir), *([] if role == "paramserver" else [name])]
         found = processes(*words)
@@ -208,15 +208,17 @@ class Run(Process):
 
     def value(self, pod: str, name: str) -> float | None:
         """One of the metrics of a pod, or None while it does not answer."""
-        return (
-            scrape(self.ports()[pod]).get(f"impala_{name}")
-            if (self.run_dir / "targets.json").exists()
-            else None
-        )
+        return scrape(self.ports()[pod]).get(f"impala_{name}") if self.has_begun else None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has said where its pods answer."""
+        return (self.run_dir / "targets.json").exists()
 
     def steps(self) -> int:
-        """Agent steps trained, 0 while the learner does not answer."""
-        return int(self.value("learner", "learner_steps") or 0)
+        """Agent steps trained, as the learner knows that has most; 0 while none answers."""
+        names = [name for name in self.ports() if name.startswith("learner-")] if self.has_begun else []
+        return max((int(self.value(name, "learner_steps") or 0) for name in names), default=0)
 
     def train_until(self, steps: int, timeout_s: float = START_S) -> int:
         """Wait until more than ``steps`` are trained, which fails at once if the run has ended."""

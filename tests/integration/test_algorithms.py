@@ -37,7 +37,7 @@ def test_the_large_agent_trains_on_pong_and_is_saved(start_run: StartRun) -> Non
     run.train_until(10 * 4 * 5)
     trained = until(lambda: [line for line in lines(run) if line["loss_total"] is not None], "figures")
     assert all(math.isfinite(trained[-1][name]) for name in FIGURES)
-    assert 0 < trained[-1]["entropy"] <= math.log(6), "six actions"
+    assert 0 < trained[-1]["entropy"] < math.log(6) + 1e-6, "six actions, in float32"
     stop(run)
     saved = read(run.checkpoints()[-1])
     assert saved.trainer["version"] * 20 == saved.trainer["steps"] > 200
@@ -68,7 +68,7 @@ def test_all_57_games_are_trained_and_reported_by_two_actors(start_run: StartRun
     assert all(0 < task["episode_length"] <= 50 for task in tasks.values())
     scores = sorted(task["human_normalised"] for task in tasks.values())
     assert line["human_normalised_median"] == pytest.approx(scores[28])
-    seen = scrape(run.ports()["learner"])
+    seen = scrape(run.ports()["learner-0"])
     assert sum(name.startswith("impala_episode_return{") for name in seen) == 57
     playing = [field for actor in ("actor-0", "actor-1") for field in run.pod_events(actor, "playing")]
     assert len(playing) == 2
@@ -87,10 +87,10 @@ def test_the_learner_holds_200_000_steps_of_replay_and_grows_by_nothing_else(sta
 
     def held(name: str) -> float:
         assert run.alive, run.log()
-        return run.value("learner", f"learner_replay_{name}") or 0.0
+        return run.value("learner-0", f"learner_replay_{name}") or 0.0
 
     until(lambda: held("steps") > 10_000, "replay begins", START_S)
-    pod = run.pod("learner")
+    pod = run.pod("learner-0")
     assert pod is not None
     before, held_before = rss_bytes(pod.pid), held("bytes")
     until(lambda: held("steps") == CAPACITY, "it is full", 3 * START_S)

@@ -1,7 +1,8 @@
 """Every panel of the dashboard shows something of a real run, and every rule can be evaluated.
 
-A real Prometheus with the recording rules and alerts scrapes parameter server, learner, actors and evaluator.
-The run is of two Atari games, because only where a human's score is known is there a human-normalised one.
+A real Prometheus with the recording rules and alerts scrapes parameter server, learners, actors and
+evaluator. The run is of two Atari games, because only where a human's score is known is there a
+human-normalised one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FIRST_RETURNS_S = 200.0
 """Until whole games of both tasks have ended, for the learner and the evaluator; a quiet machine takes 30."""
 
 RUN = (
-    *("--tasks", "breakout,space_invaders", "--actors", "2", "--actor.num_envs", "8"),
+    *("--tasks", "breakout,space_invaders", "--actors", "2", "--learners", "2", "--actor.num_envs", "8"),
     *("--total_steps", "1000000000", "--checkpoint.interval_s", "5"),
 )
 EVALUATION = (
@@ -103,8 +104,11 @@ def test_every_panel_shows_something_of_a_real_run_and_every_rule_can_be_evaluat
         deadline_s = time.monotonic() + FIRST_RETURNS_S
         until(all_shown, "all panels", 2 * FIRST_RETURNS_S)
 
-        asked_for = prometheus.query("release:impala_actors_desired:count")
-        assert [value for _, value in asked_for] == [2]
+        for series in (
+            *("release:impala_actors_desired:count", "release:impala_learners_desired:count"),
+            *("impala_learner_world_size", "sum(impala_learner_world_size * impala_learner_leads)"),
+        ):
+            until(lambda: {value for _, value in prometheus.query(series)} == {2}, series)  # noqa: B023
         rules = prometheus.rules()
         assert len(rules) >= 24
         assert {(rule["name"], rule["health"], rule.get("lastError", "")) for rule in rules} == {

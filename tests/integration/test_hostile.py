@@ -41,12 +41,13 @@ from services.wire.messages import (
     Rollout,
     Weights,
 )
-from services.wire.sockets import Requester, RolloutSender
+from services.wire.sockets import Requester
 from tests.integration.conftest import StartPod
 from tests.integration.system import START_S, Pod, field, rss_bytes, scrape
 from tests.unit.learner.rollouts import play
 from tests.unit.learner.waiting import until
 from tests.unit.wire.mutations import Mutator
+from tests.unit.wire.sending import stranger_to
 
 pytestmark = pytest.mark.integration
 
@@ -252,7 +253,7 @@ def test_nothing_that_arrives_harms_a_running_system(start_pod: StartPod, two_po
     rollout_port, request_port = two_ports
     rollout_endpoint, request_endpoint = (f"tcp://127.0.0.1:{port}" for port in two_ports)
     flags = [*PIXELS, *NEVER_STALE]
-    flags += ["--wire.learner_bind", rollout_endpoint, "--wire.learner_endpoints", rollout_endpoint]
+    flags += ["--wire.learner_bind", rollout_endpoint]
     flags += ["--wire.paramserver_bind", request_endpoint, "--wire.paramserver_endpoint", request_endpoint]
     flags += ["--total_steps", "1000000000"]
     paramserver, learner, _ = (start_pod(role, *flags) for role in ("paramserver", "learner", "actor"))
@@ -261,9 +262,9 @@ def test_nothing_that_arrives_harms_a_running_system(start_pod: StartPod, two_po
     with unharmed(learner, paramserver):
         counted = RefusedCount(learner, "learner_invalid_rollouts")
         expected: Counter[str] = Counter()
-        with RolloutSender([rollout_endpoint], 2, 1 << 20) as sender:
+        with stranger_to(rollout_endpoint) as stranger:
             for frames, reason in bad_rollouts():
-                assert sender.send(frames, timeout_s=30.0)
+                stranger.send_multipart(frames)
                 expected.update([reason] if reason else [])
             counted.reaches(expected)
         assert set(expected) == set(INVALID_REASONS)
@@ -284,9 +285,9 @@ def test_nothing_that_arrives_harms_a_running_system(start_pod: StartPod, two_po
         counted = RefusedCount(learner, "learner_invalid_rollouts")
         for port in (rollout_port, request_port):
             pour(port)
-        with RolloutSender([rollout_endpoint], 2, 1 << 20) as sender:
-            assert sender.send([b"x" * (10 * ROLLOUTS.max_message_bytes)], timeout_s=30.0)
-            assert sender.send([b"garbage"], timeout_s=30.0)  # over a connection that was made anew
+        with stranger_to(rollout_endpoint) as stranger:
+            stranger.send(b"x" * (10 * ROLLOUTS.max_message_bytes))
+            stranger.send(b"garbage")  # over a connection that was made anew
         until(counted.so_far, "the last one is counted", START_S)
         assert set(counted.so_far()) == {"malformed"}  # with what happened to look like frames to libzmq
 

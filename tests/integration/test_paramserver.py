@@ -14,15 +14,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.paramserver.store import read
 from services.paramserver.window import UNDER_WAY_S
 from services.wire.codec import Expected, decode, encode
 from services.wire.messages import (
+    NO_GENERATION,
+    Attend,
     Client,
     Goodbye,
     Message,
@@ -30,6 +34,7 @@ from services.wire.messages import (
     Published,
     Pull,
     Refusal,
+    View,
     Weights,
 )
 from services.wire.sockets import Requester, wait
@@ -119,13 +124,21 @@ class Actor:
         self.seat = -1
         self.version = -1
         self.payload = b""
+        self.learners: list[str] = []
+        self._generation = NO_GENERATION
 
     @property
     def client(self) -> Client:
         return Client(client_id=self.name, incarnation=1, seat=self.seat)
 
     def ask(self) -> None:
-        pull = Pull(run_id=RUN, sender=self.client, have_version=self.version, seats_for=(self.client,))
+        pull = Pull(
+            run_id=RUN,
+            sender=self.client,
+            have_version=self.version,
+            seats_for=(self.client,),
+            generation=self._generation,
+        )
         assert self.socket.send(encode(pull), PATIENCE_S)
 
     def hear(self, timeout_s: float = PATIENCE_S) -> Weights:
@@ -136,6 +149,9 @@ class Actor:
     def take(self, message: Message) -> Weights:
         assert isinstance(message, Weights), message
         (self.seat,) = message.seats
+        if message.generation != NO_GENERATION:
+            self._generation = message.generation
+            self.learners = [learner.endpoint for learner in message.learners]
         if message.payload is not None:
             self.version, self.payload = message.version, bytes(message.payload)
         return message
@@ -143,6 +159,74 @@ class Actor:
     def ask_and_hear(self) -> Weights:
         self.ask()
         return self.hear()
+
+
+class Learner:
+    """Attends over a socket, and does as it is told, as a learner does; its groups never break."""
+
+    def __init__(self, endpoint: str, name: str, incarnation: int = 1) -> None:
+        self.socket = Requester(endpoint, LIMIT)
+        self.says = Attend(
+            run_id=RUN,
+            sender=Client(client_id=name, incarnation=incarnation),
+            endpoint=f"tcp://{name}:5555",
+            phase="standing",
+            generation=NO_GENERATION,
+            version=0,
+            has_trained=False,
+            store=f"{name}:1",
+            rank=0,
+            world_size=1,
+            since=NO_GENERATION,
+        )
+        self.has_stood = True
+        """Since this was last set to False."""
+
+    def attend(self) -> View:
+        """And obey the answer."""
+        self.ask()
+        return self.hear()
+
+    def ask(self) -> None:
+        assert self.socket.send(encode(self.says), PATIENCE_S)
+
+    def hear(self) -> View:
+        frames = self.socket.receive(PATIENCE_S)
+        assert frames is not None, f"{self.says.sender.client_id} was not answered"
+        view = decode(frames, EXPECTED)
+        assert isinstance(view, View), view
+        self._obey(view)
+        return view
+
+    def _obey(self, view: View) -> None:
+        names = [member.client_id for member in view.members]
+        own, says = self.says.sender.client_id, self.says
+        if view.generation > says.generation and own in names:
+            rank = names.index(own)
+            self.says = replace(
+                says,
+                phase="training",
+                generation=view.generation,
+                has_trained=True,
+                rank=rank,
+                world_size=len(names),
+                since=view.members[rank].since,
+            )
+        elif view.generation > says.generation or (view.generation == says.generation and not names):
+            self.says = replace(says, phase="standing", generation=view.generation)
+            self.has_stood = True
+
+
+def gather(*learners: Learner) -> int:
+    """Let them attend until they all train in one view, and nobody else does; its generation."""
+    deadline_s, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while True:
+        views = [learner.attend() for learner in learners]
+        trained = {learner.says.generation for learner in learners if learner.says.phase == "training"}
+        if len(views[-1].members) == len(learners) and trained == {views[-1].generation}:
+            return views[-1].generation
+        assert time.monotonic() < deadline_s, views
+        pause.wait(0.05)
 
 
 def hear_all(actors: Sequence[Actor]) -> list[Weights]:
@@ -169,7 +253,7 @@ def request(endpoint: str, message: Message) -> Message:
 
 
 def publish(endpoint: str, version: int, payload: bytes | None) -> Message:
-    learner = Client(client_id="learner", incarnation=1)
+    learner = Client(client_id="learner-0", incarnation=1)
     message = Publish(
         run_id=RUN,
         sender=learner,
@@ -225,6 +309,23 @@ def actors() -> Iterator[Callable[[str, int], list[Actor]]]:
 
 Make = Callable[[str, int], list[Actor]]
 
+
+@pytest.fixture
+def learner() -> Iterator[Callable[..., Learner]]:
+    """Make a learner whose socket does not outlive the test."""
+    made: list[Learner] = []
+
+    def make(endpoint: str, name: str, incarnation: int = 1) -> Learner:
+        made.append(Learner(endpoint, name, incarnation))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.socket.close()
+
+
+MakeLearner = Callable[..., Learner]
+
 # --- many clients -----------------------------------------------------------------------------------------
 
 
@@ -245,7 +346,7 @@ def test_64_actors_get_64_seats_and_every_one_the_new_weights(
         actor.ask()
     payload = os.urandom(1 << 20)
     assert publish(server.endpoint, 0, payload) == Published(
-        run_id=RUN, server_incarnation=first[0].server_incarnation, version=0, num_seats=64
+        run_id=RUN, server_incarnation=first[0].server_incarnation, version=0
     )
     hear_all(crowd)
     while any(actor.version < 0 for actor in crowd):  # whose request had run out when it was published
@@ -294,7 +395,7 @@ def test_clients_that_are_gone_take_nobodys_turn(start: Start, actors: Make) -> 
     published_s = time.monotonic()
     publish(server.endpoint, 1, os.urandom(6 << 20))
     assert alive.hear().payload is not None
-    assert time.monotonic() - published_s < 0.5 * UNDER_WAY_S  # for which the first ten would have had it
+    assert time.monotonic() - published_s < UNDER_WAY_S  # for which the first ten would have had it
 
 
 def request_goodbyes(crowd: Sequence[Actor]) -> None:
@@ -388,6 +489,86 @@ def test_after_kill_9_actors_keep_their_seats_and_late_joiners_get_the_snapshot(
     newcomer.ask_and_hear()
     assert (newcomer.seat, newcomer.version, newcomer.payload) == (8, 3, payload)
     assert "snapshot_restored" in second.log()
+
+
+def test_after_kill_9_learners_train_on_in_the_same_view_and_the_next_one_counts_above_it(
+    start: Start, actors: Make, learner: MakeLearner
+) -> None:
+    first = start(*QUICK).started()
+    endpoint = first.endpoint
+    learners = [learner(endpoint, f"learner-{number}") for number in (0, 1)]
+    generation = gather(*learners)
+    payload = os.urandom(1 << 20)
+    publish(endpoint, 3, payload)
+    old, newcomer = actors(endpoint, 2)
+    told = old.ask_and_hear()
+    assert (told.generation, [d.endpoint for d in told.learners]) == (
+        generation,
+        list(map(rollouts_of, learners)),
+    )
+    on_disk = server_dir(first) / "snapshot"
+    eventually(lambda: (found := read(on_disk, RUN, LIMIT)).generation == generation and found.version == 3)
+    assert first.end(signal.SIGKILL) == -signal.SIGKILL
+
+    second = start(*QUICK, bind=endpoint).started()
+    late = newcomer.ask_and_hear()  # before any learner is back
+    assert (late.version, late.payload, late.generation) == (3, payload, NO_GENERATION)
+    for one in learners:
+        one.has_stood = False
+    views = [one.attend() for one in learners]  # over the same sockets, which reconnect by themselves
+    assert [view.generation for view in views] == [NO_GENERATION, generation]
+    assert [view.generation for view in (one.attend() for one in learners)] == [generation] * 2
+    assert not any(one.has_stood for one in learners)
+    assert views[-1].version == 3
+    assert "taken_over" in second.log()
+    assert (newcomer.ask_and_hear().learners, old.ask_and_hear().learners) == (told.learners, told.learners)
+    assert (second.count("learners"), second.count("seats")) == (2, 2)
+
+    learners.append(learner(endpoint, "learner-2"))
+    assert gather(*learners) > generation
+    while old.learners != list(map(rollouts_of, learners)):
+        old.ask_and_hear()
+
+
+def test_after_the_end_of_all_learners_and_the_server_no_generation_is_given_twice(
+    start: Start, learner: MakeLearner
+) -> None:
+    first = start(*QUICK).started()
+    generation = gather(*(learner(first.endpoint, f"learner-{number}") for number in (0, 1)))
+    assert generation > 1
+    on_disk = server_dir(first) / "snapshot"
+    eventually(lambda: read(on_disk, RUN, LIMIT).generation == generation)  # before there are weights
+    first.end(signal.SIGKILL)
+    second = start(*QUICK).started()
+    assert gather(learner(second.endpoint, "learner-0", incarnation=2)) > generation
+
+
+def test_a_frozen_server_ends_nobodys_membership(start: Start, learner: MakeLearner) -> None:
+    lease_s = 4.0
+    server = start(*QUICK, "--paramserver.learner_lease_s", str(lease_s)).started()
+    learners = [learner(server.endpoint, f"learner-{number}") for number in (0, 1)]
+    generation = gather(*learners)
+    server.popen.send_signal(signal.SIGSTOP)
+    for one in learners:
+        one.ask()
+    threading.Event().wait(1.25 * lease_s)
+    server.popen.send_signal(signal.SIGCONT)
+    assert [one.hear().generation for one in learners] == [generation, generation]
+    assert gather(*learners) == generation
+
+
+def test_a_group_goes_on_without_a_killed_member_long_before_its_lease_ends(
+    start: Start, learner: MakeLearner
+) -> None:
+    server = start(*QUICK, "--paramserver.learner_lease_s", "600").started()
+    alive, killed = (learner(server.endpoint, f"learner-{number}") for number in (0, 1))
+    generation = gather(alive, killed)
+    alive.says = replace(alive.says, phase="standing")  # its connection to the other one has broken
+    assert gather(alive) > generation
+
+
+def rollouts_of(learner: Learner) -> str:
+    return learner.says.endpoint
 
 
 def test_an_actor_that_lost_its_seat_to_a_faster_newcomer_is_given_another(
@@ -535,6 +716,60 @@ def test_a_relay_survives_its_upstream_and_finds_it_again(start: Start, actors: 
     assert (at_relay.seat, late.seat, late.payload) == (1, 0, b"two")  # the first actor has not come back
     assert relay.end() == 0
     assert not list(server_dir(relay).glob("*.tmp"))
+
+
+def test_a_relay_asks_again_as_soon_as_its_upstream_is_back(start: Start, actors: Make) -> None:
+    patient = ("--paramserver.hold_s", "60", "--paramserver.seat_lease_s", "300")
+    root = start(*patient).started()
+    relay = start(*patient, "--paramserver.upstream", root.endpoint).started()
+    (actor,) = actors(relay.endpoint, 1)
+    publish(root.endpoint, 1, b"one")
+    while actor.version < 1 or actor.seat < 0:
+        actor.ask_and_hear()
+    root.end(signal.SIGKILL)  # and with it a request that it had a minute to answer
+    start(*patient, bind=root.endpoint).started()
+    publish(root.endpoint, 2, b"two")
+    assert actor.ask_and_hear().version == 2
+
+
+def test_versions_seats_and_learners_reach_the_leaves_of_a_tree_whose_branches_die(
+    start: Start, actors: Make, learner: MakeLearner
+) -> None:
+    root = start(*QUICK).started()
+    middle = [start(*QUICK, "--paramserver.upstream", root.endpoint).started() for _ in range(2)]
+    leaves = [start(*QUICK, "--paramserver.upstream", middle[i].endpoint).started() for i in (0, 0, 1)]
+    learners = [learner(root.endpoint, "learner-0")]
+    gather(*learners)
+    publish(root.endpoint, 1, b"one")
+    crowd = [actor for leaf in leaves for actor in actors(leaf.endpoint, 2)]
+
+    def hear(version: int) -> None:
+        """Everybody, of this version, of all learners, and of a seat."""
+        wanted = list(map(rollouts_of, learners))
+        deadline_s = time.monotonic() + PATIENCE_S
+        while any(actor.version < version or actor.seat < 0 or actor.learners != wanted for actor in crowd):
+            assert time.monotonic() < deadline_s
+            for actor in crowd:
+                actor.ask()
+            hear_all(crowd)
+
+    hear(version=1)
+    seats = [actor.seat for actor in crowd]
+    assert sorted(seats) == list(range(6))
+    assert {actor.payload for actor in crowd} == {b"one"}
+
+    branch = middle[0].endpoint
+    middle[0].end(signal.SIGKILL)
+    learners.append(learner(root.endpoint, "learner-1"))
+    gather(*learners)
+    publish(root.endpoint, 2, b"two")
+    start(*QUICK, "--paramserver.upstream", root.endpoint, bind=branch).started()
+    hear(version=2)
+    assert [actor.seat for actor in crowd] == seats
+    assert root.count("seats") == 6
+    refusal = request(leaves[0].endpoint, learners[0].says)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "relay"
 
 
 def test_a_relay_is_alive_but_unready_until_upstream_has_answered(start: Start) -> None:

@@ -14,7 +14,7 @@ from tests.unit.learner.waiting import until
 
 pytestmark = pytest.mark.integration
 
-EVERYBODY = {("actor", "actor-0"): 1.0, ("learner", "learner"): 1.0, ("paramserver", "paramserver"): 1.0}
+EVERYBODY = {("actor", "actor-0"): 1.0, ("learner", "learner-0"): 1.0, ("paramserver", "paramserver"): 1.0}
 MOVING = {
     "actor": ("actor_env_steps_total", "actor_rollouts_sent_total", "actor_weights_version"),
     "learner": ("learner_samples_total", "learner_received_bytes_total", "learner_steps"),

@@ -17,9 +17,13 @@ from tests.unit.learner.waiting import until
 
 pytestmark = pytest.mark.integration
 
+LEARNER = "learner-0"
+LEARNERS = (LEARNER, "learner-1")
 STOP_S = 30.0
 LEARNING_RATE = 6e-4
 FINISHED_STEPS = 40 * STEPS_PER_UPDATE
+MORE_UPDATES = 300
+"""Of two learners after a resume, who compare their weights every hundred."""
 
 
 def same(a: Any, b: Any) -> bool:
@@ -41,10 +45,17 @@ def report_lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def continued_from(run: Run) -> tuple[int, int, str]:
-    """(steps, version, checkpoint) with which the learner of a run has begun, as it says itself."""
-    started = run.pod_events("learner", "started")[-1]
-    assert field(started, "newer_weights") == "false"
+def check_schedule(lines: list[dict[str, Any]], total_steps: int) -> None:
+    """That of a run of so many steps, in every report."""
+    for line in lines:
+        expected = LEARNING_RATE * (1 - line["steps"] / total_steps)
+        assert line["learning_rate"] == pytest.approx(expected, rel=1e-9)
+
+
+def continued_from(run: Run, learner: str = LEARNER) -> tuple[int, int, str]:
+    """(steps, version, checkpoint) with which a learner of a run has begun, as it says itself."""
+    started = run.pod_events(learner, "started")[-1]
+    assert not run.pod_events(learner, "newer_weights")
     return (
         int(field(started, "steps")),
         int(field(started, "policy_version")),
@@ -80,7 +91,7 @@ def test_a_run_that_is_interrupted_continues_from_the_very_step_where_it_stopped
     stopped.path.write_bytes(stopped.path.read_bytes()[:-1000])
     resumed = start_run("--total_steps", str(total_steps), resume=True)
     resumed.train_until(before.trainer["steps"] + 20 * STEPS_PER_UPDATE)
-    (refused,) = resumed.pod_events("learner", "checkpoint_refused")
+    (refused,) = resumed.pod_events(LEARNER, "checkpoint_refused")
     assert str(stopped.path) in field(refused, "reason")
     before_steps, before_version = before.trainer["steps"], before.trainer["version"]
     assert continued_from(resumed) == (before_steps, before_version, str(before.path))
@@ -91,9 +102,50 @@ def test_a_run_that_is_interrupted_continues_from_the_very_step_where_it_stopped
     # Its schedule is that of the whole run, before and after each of the stops.
     lines = [line for line in report_lines(first.run_dir) if line["steps"] != steps]
     assert before_steps in {line["steps"] for line in lines}
-    for line in lines:
-        expected = LEARNING_RATE * (1 - line["steps"] / total_steps)
-        assert line["learning_rate"] == pytest.approx(expected, rel=1e-9)
+    check_schedule(lines, total_steps)
+
+
+def test_two_learners_that_are_interrupted_continue_from_the_very_step_where_they_stopped(
+    start_run: StartRun,
+) -> None:
+    total_steps = 100_000_000
+    first = start_run("--learners", "2", "--total_steps", str(total_steps), "--checkpoint.interval_s", "1")
+    first.train_until(50 * STEPS_PER_UPDATE)
+    until(lambda: len(first.checkpoints()) >= 2, "two checkpoints")
+    first.interrupt()
+    assert first.exit_code(STOP_S) == 0, first.log()
+    stopped = newest(first)
+    steps, version = stopped.trainer["steps"], stopped.trainer["version"]
+    assert not list((first.run_dir / "checkpoints").glob("*.tmp"))
+
+    restored = start_run("--total_steps", str(steps), resume=True)
+    assert restored.exit_code(2 * STOP_S) == 0, restored.log()
+    for learner in LEARNERS:
+        assert continued_from(restored, learner) == (steps, version, str(stopped.path))
+        assert len(restored.pod_events(learner, "started")) == 2, "once in each of the two runs"
+    assert newest(restored).path == stopped.path
+    assert same(dict(newest(restored).trainer), dict(stopped.trainer))
+    assert newest(restored).complete is True
+
+    # From there on both train together, none of them alone, and stay the same.
+    longer = steps + MORE_UPDATES * len(LEARNERS) * STEPS_PER_UPDATE
+    resumed = start_run("--total_steps", str(longer), "--learner.min_learners", "2", resume=True)
+    assert resumed.exit_code(120) == 0, resumed.log()
+    for learner in LEARNERS:
+        assert continued_from(resumed, learner) == (steps, version, str(stopped.path))
+        assert not resumed.pod_events(learner, "weights_differ")
+    ends = [resumed.pod_events(learner, "stopped")[-1] for learner in LEARNERS]
+    assert {field(end, "policy_version") for end in ends} == {str(version + MORE_UPDATES)}
+    assert {field(end, "steps") for end in ends} == {str(longer)}
+    assert len({field(end, "parameters") for end in ends}) == 1
+    assert newest(resumed).trainer["steps"] == longer
+
+    lines = report_lines(resumed.run_dir)
+    before = [line for line in lines if line["steps"] < steps]
+    after = [line for line in lines if line["steps"] > steps]
+    assert before and len(after) >= 2
+    check_schedule(before, total_steps)
+    check_schedule(after, longer)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +173,7 @@ def test_a_run_whose_steps_are_all_trained_is_complete(finished: Path, finished_
     checkpoint = read(path)
     assert (checkpoint.trainer["steps"], checkpoint.complete) == (FINISHED_STEPS, True)
     assert f"complete at {FINISHED_STEPS:,} of {FINISHED_STEPS:,}" in (finished / "launcher.log").read_text()
-    assert events(finished_run_dir / "logs" / "learner.log", "training_complete")
+    assert events(finished_run_dir / "logs" / f"{LEARNER}.log", "training_complete")
 
 
 def test_a_finished_run_may_be_trained_longer(finished_run_dir: Path, start_run: StartRun) -> None:

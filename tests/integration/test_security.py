@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import zmq
 
 from services.local.plan import reserved_ports
 from services.wire import keygen
@@ -18,10 +17,11 @@ from services.wire.codec import Expected, decode, encode
 from services.wire.keys import PEERS, ROLES, Keys, Role, load_keys
 from services.wire.messages import Client, Publish, Published, Refusal
 from services.wire.security import HANDSHAKE_S
-from services.wire.sockets import Requester, RolloutSender
+from services.wire.sockets import Requester
 from tests.integration.conftest import StartPod
 from tests.integration.system import START_S, Pod, get, scrape
 from tests.unit.learner.waiting import until
+from tests.unit.wire.sending import send, sender_to
 
 pytestmark = pytest.mark.integration
 
@@ -76,7 +76,7 @@ def keys_of(directory: Path, role: Role) -> Keys:
 def over_tcp(ports: list[int]) -> list[str]:
     learner, paramserver = (f"tcp://127.0.0.1:{port}" for port in ports)
     return [
-        *("--wire.learner_bind", learner, "--wire.learner_endpoints", learner),
+        *("--wire.learner_bind", learner),
         *("--wire.paramserver_bind", paramserver, "--wire.paramserver_endpoint", paramserver),
     ]
 
@@ -172,15 +172,16 @@ def unharmed(learner: Pod, paramserver: Pod, expected: dict[str, int]) -> Iterat
 
 
 def knock(ports: list[int], keys: Callable[[Role], Keys | None]) -> None:
-    """As an actor at both doors, once, in vain: who does not send never connects anew."""
+    """As an actor at both doors, once, in vain: who does not go on sending never connects anew."""
     learner, paramserver = (f"tcp://127.0.0.1:{port}" for port in ports)
     with (
-        RolloutSender([learner], 2, LIMIT, keys("learner")) as sender,
+        sender_to(learner, keys=keys("learner")) as sender,
         Requester(paramserver, LIMIT, keys("paramserver")) as requester,
     ):
-        for client in (sender, requester):
-            until(lambda: client.trouble, "it is refused", START_S)  # noqa: B023
-            assert not client._socket.poll(0, zmq.POLLOUT)
+        until(lambda: sender.trouble, "it is refused", START_S)
+        assert not send(sender, [b"x"], 0.0)
+        until(lambda: requester.trouble, "it is refused", START_S)
+        assert not requester.send([b"x"], 0.0)
 
 
 def test_strangers_are_refused_by_reason_and_harm_nobody(
@@ -202,7 +203,7 @@ def test_strangers_are_refused_by_reason_and_harm_nobody(
     )
     with ExitStack() as knocks:  # the wrong server key, over and over again
         before = [failures(pod) for pod in (learner, paramserver)]
-        knocks.enter_context(RolloutSender([f"tcp://127.0.0.1:{two_ports[0]}"], 2, LIMIT, misled))
+        knocks.enter_context(sender_to(f"tcp://127.0.0.1:{two_ports[0]}", keys=misled))
         knocks.enter_context(Requester(f"tcp://127.0.0.1:{two_ports[1]}", LIMIT, misled))
         for pod, count in zip((learner, paramserver), before, strict=True):
             until(lambda: (failures(pod) - count)["handshake"] > 3, "it is counted", START_S)  # noqa: B023

@@ -91,12 +91,24 @@ def test_an_actor_that_waits_for_a_learner_stops(start_pod: StartPod) -> None:
 
 
 def test_a_learner_that_waits_for_rollouts_stops_and_saves_its_state(start_pod: StartPod) -> None:
-    learner = start_pod("learner")  # nor is there a parameter server
-    until(lambda: learner.value("learner_policy_version") == 0, "it is up", START_S)
-    until(lambda: get(learner.port, "/readyz")[0] == 503, "it misses the parameter server")
-    assert get(learner.port, "/healthz")[0] == 200
+    start_pod("paramserver")
+    learner = start_pod("learner")
+    until(learner.ready, "it is in a group", START_S)
+    assert learner.value("learner_world_size") == 1
     stops(learner)
     assert learner.lines("checkpoint_written")
+
+
+def test_a_learner_that_waits_for_the_parameter_server_is_alive_and_unready_and_stops(
+    start_pod: StartPod,
+) -> None:
+    learner = start_pod("learner")
+    until(lambda: learner.value("learner_policy_version") == 0, "it is up", START_S)
+    unready = (503, "parameter server not reachable\n")
+    until(lambda: get(learner.port, "/readyz") == unready, "it misses the parameter server", START_S)
+    until(lambda: get(learner.port, "/healthz")[0] == 200, "it is alive", START_S)
+    stops(learner)
+    assert not learner.lines("checkpoint_written"), "it has done nothing that is worth saving"
 
 
 def test_pods_whose_launcher_is_killed_go_away_by_themselves_and_leave_a_run_that_resumes(

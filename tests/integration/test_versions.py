@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import msgpack
 import pytest
 
 from services.local.plan import private_socket_dir
 from services.wire.codec import Expected, decode, encode
-from services.wire.messages import NO_VERSION, PROTOCOL_VERSION, Buffer, Client, Pull, Refusal
+from services.wire.messages import NO_VERSION, PROTOCOL_VERSION, Buffer, Client, Message, Pull, Refusal
 from services.wire.sockets import Replier, Requester
 from tests.integration.conftest import StartPod
 from tests.integration.system import START_S, get
 from tests.unit.learner.waiting import until
+from tests.unit.wire.samples import attends
 
 pytestmark = pytest.mark.integration
 
@@ -53,17 +55,26 @@ def server_of_other_version() -> Iterator[str]:
             thread.join()
 
 
-def test_an_actor_of_another_version_is_refused_in_words_that_it_can_read(
-    start_pod: StartPod,
+ACTOR = Client(client_id="from-the-future", incarnation=1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Pull(run_id="local", sender=ACTOR, have_version=NO_VERSION, seats_for=(ACTOR,)),
+        replace(attends()[0], run_id="local"),
+    ],
+    ids=["actor", "learner"],
+)
+def test_a_client_of_another_version_is_refused_in_words_that_it_can_read(
+    start_pod: StartPod, message: Message
 ) -> None:
     with private_socket_dir() as directory:
         endpoint = f"ipc://{directory}/paramserver"
         paramserver = start_pod("paramserver", "--wire.paramserver_bind", endpoint)
         until(lambda: paramserver.lines("serving"), "it serves", START_S)
-        actor = Client(client_id="from-the-future", incarnation=1)
-        pull = Pull(run_id="local", sender=actor, have_version=NO_VERSION, seats_for=(actor,))
         with Requester(endpoint, LIMIT) as requester:
-            assert requester.send(of_other_version(encode(pull)), timeout_s=10.0)
+            assert requester.send(of_other_version(encode(message)), timeout_s=10.0)
             reply = requester.receive(timeout_s=10.0)
         assert reply is not None
         refusal = decode(of_other_version(reply), Expected(run_id="local", max_message_bytes=LIMIT))
@@ -72,11 +83,12 @@ def test_an_actor_of_another_version_is_refused_in_words_that_it_can_read(
         assert f"the peer speaks protocol {OTHER}, this is protocol {PROTOCOL_VERSION}" in refusal.text
         assert paramserver.value("paramserver_refused_requests_total", reason="protocol") == 1
         assert paramserver.value("paramserver_seats") == 0
+        assert paramserver.value("paramserver_learners") == 0
         (line,) = paramserver.lines("request_refused")
         assert f"protocol {OTHER}" in line
 
 
-@pytest.mark.parametrize(("role", "event"), [("actor", "no_news"), ("learner", "not_published")])
+@pytest.mark.parametrize(("role", "event"), [("actor", "no_news"), ("learner", "not_attending")])
 def test_a_pod_that_faces_a_server_of_another_version_stays_alive_unready_and_says_why(
     start_pod: StartPod, role: str, event: str
 ) -> None:
