@@ -87,8 +87,11 @@ def test_cartpole_is_learned_with_the_defaults(tmp_path: Path, show: Show) -> No
 
 # ---------------------------------------------------------------------------------------------- memory
 
-RECALL = ["--env", "recall", "--seed", "1", "--unroll_length", "7"]
-"""Unrolls that begin anywhere in an episode: the cue must not travel by another way than the state."""
+RECALL = ["--env", "recall", "--seed", "1", "--unroll_length", "7", "--learning-rate", "3e-4"]
+"""Unrolls that begin anywhere in an episode: the cue must not travel by another way than the state. All
+environments are at the same place in their episodes, so a batch is nearly one experience, and at twice this
+learning rate a policy with a return of 0.7 sometimes collapses: of 20 runs on a busy machine 2 did not get to
+0.9 in 200,000 steps, and 3 took more than 120,000. At this one 16 of 16 took 65,000 to 116,000."""
 
 
 def test_recall_is_solved_with_an_lstm(tmp_path: Path, show: Show) -> None:

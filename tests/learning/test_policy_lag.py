@@ -17,7 +17,6 @@ import torch
 from services.actor.loop import Half
 from services.config import ActorConfig, EnvConfig, NetworkConfig, RunConfig
 from services.learner.batch import Batch
-from services.learner.group import Group
 from services.learner.trainer import Trainer
 from services.rl.actions import Discrete
 from services.rl.envs import env_spec, make_vector_env
@@ -60,7 +59,6 @@ def course(corrected: bool, seed: int = 1) -> list[float]:
         frame_stack=1,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        group=Group(),
     )
     policy = Policy(
         network=make_network(spec, network), actions=actions, frame_stack=1, dtype=torch.float32, seed=seed

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from services.actor.loop import Half
 from services.config import ActorConfig, LossConfig, NetworkConfig, OptimiserConfig, RunConfig
-from services.learner.group import Group
 from services.learner.trainer import Trainer
 from services.rl.actions import Discrete
 from services.rl.envs import EnvSpec, Transition, VectorEnv
@@ -93,7 +92,6 @@ def learned(clock_terminates: bool) -> tuple[float, float]:
         frame_stack=1,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        group=Group(),
     )
     policy = Policy(
         network=make_network(SPEC, network), actions=actions, frame_stack=1, dtype=torch.float32, seed=1
