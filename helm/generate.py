@@ -35,6 +35,7 @@ COMPUTED = (
     "wire.paramserver_bind",
     "wire.keys",
     "paramserver.upstream",
+    "paramserver.remembers",
     "ops.host",
     "ops.port",
 )

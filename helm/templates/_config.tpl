@@ -14,6 +14,7 @@
   "run_id" $runId
   "run_dir" (printf "/data/%s" $runId)
   "wire" $wire
+  "paramserver" (dict "remembers" .Values.paramserver.persistence.enabled)
   "ops" (dict "host" "0.0.0.0" "port" 9400) -}}
 {{- mergeOverwrite (deepCopy .Values.config) $computed | toJson -}}
 {{- end }}

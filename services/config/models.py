@@ -258,6 +258,9 @@ class ParamserverConfig(Section):
     off holds up the others for as long."""
     snapshot_interval_s: PositiveFloat = 10.0
     """Time between two snapshots on disk."""
+    remembers: bool = True
+    """Whether its next life finds these snapshots again. A pod without a claim does not: it gives learners
+    that may have trained under its last life `learner_lease_s` to come back, before a run is a new one."""
 
 
 class EvaluatorConfig(Section):

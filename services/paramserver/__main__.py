@@ -123,6 +123,7 @@ def _views(config: RunConfig, generation: int) -> Views:
         generation=generation,
         lease_s=config.paramserver.learner_lease_s,
         min_learners=config.learner.min_learners,
+        remembers=config.paramserver.remembers,
     )
 
 

@@ -17,9 +17,9 @@ who stand have (``absent.py``).
 A generation is issued once, and numbers only rise; members obey gatherings of their own generation or of a
 later one. After a restart nothing is known but a number from the disk, and without a disk not even that. As
 soon as all ranks of the newest view have attended it is taken over as it is; if they do not come in time,
-those who are there gather for a generation above all that have been heard of. Only a run that seems to be new
-begins at once: there is neither a number, nor a checkpoint of more than this server began with, nor a
-publisher.
+those who are there gather for a generation above all that have been heard of. Only a run that is new begins
+at once: there is neither a number, though this server would have kept it, nor a checkpoint of more than it
+began with, nor a publisher.
 
 The clock is an argument everywhere (``now_s``, monotonic). Not thread-safe: one loop owns it.
 """
@@ -73,8 +73,12 @@ class _Seen:
 class Views:
     """``attend`` and ``tick`` change the view, everything else only looks at it."""
 
-    def __init__(self, *, generation: int, lease_s: float, min_learners: int) -> None:
-        """``generation`` is the newest one that an earlier life of this server has noted."""
+    def __init__(self, *, generation: int, lease_s: float, min_learners: int, remembers: bool = True) -> None:
+        """``generation`` is the newest one that an earlier life of this server has noted.
+
+        Without one the run is new, if this server ``remembers`` what it notes.
+        """
+        self._remembers = remembers
         self._lease_s = lease_s
         self._min_learners = min_learners
         self._generation = generation
@@ -371,12 +375,13 @@ class Views:
     def _is_new(self, attends: Sequence[Attend]) -> bool:
         """Whether nothing shows that more was trained than this server began with: nobody is waited for."""
         newest = max(self.held_version, *(attend.version for attend in attends))
-        return self._generation == NO_GENERATION and newest <= max(self.restored_version, 0)
+        has_begun = self._generation != NO_GENERATION or newest > max(self.restored_version, 0)
+        return self._remembers and not has_begun
 
     def _patience_s(self) -> float:
-        """Those who stand need not wait for long for others who may train."""
+        """Those who stand need not wait for long for others who may train, if anything is known of them."""
         trains = any(seen.attend.phase == "training" for seen in self._seen.values())
-        return self._lease_s if trains else min(RETURN_S, self._lease_s)
+        return self._lease_s if trains or not self._remembers else min(RETURN_S, self._lease_s)
 
 
 def _member_of(attend: Attend, since: int) -> Member:

@@ -30,6 +30,7 @@ def expected(values: dict[str, Any]) -> RunConfig:
             "keys": "/etc/impala-keys",
             **values.pop("wire", {}),
         },
+        "paramserver": {"remembers": False, **values.pop("paramserver", {})},
         "ops": {"host": "0.0.0.0", "port": 9400, **values.pop("ops", {})},
     }
     return config.validate({"env": {"id": "catch"}, **values, **of_the_chart})
@@ -37,6 +38,11 @@ def expected(values: dict[str, Any]) -> RunConfig:
 
 def test_default_values_are_a_run_of_catch() -> None:
     assert decoded() == expected({})
+
+
+def test_a_parameter_server_is_told_whether_it_keeps_its_disk() -> None:
+    assert not decoded().paramserver.remembers
+    assert decoded("--set", "paramserver.persistence.enabled=true").paramserver.remembers
 
 
 def test_large_integers_and_small_fractions_survive_a_file(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_is_allowed(value: str, 
         ("wire.paramserver_bind", "tcp://*:1"),
         ("wire.keys", "/keys"),
         ("paramserver.upstream", "tcp://a:1"),
+        ("paramserver.remembers", True),
         ("ops.host", "127.0.0.1"),
         ("ops.port", 1),
     ],
@@ -92,7 +93,7 @@ def test_all_other_knobs_of_a_run_may_be_set_to_their_defaults(tmp_path: Path) -
         del values[key]
     values["wire"] = {key: value for key, value in values["wire"].items() if key in ("codec", "send_queue")}
     values["ops"] = {"log_level": "info"}
-    del values["paramserver"]["upstream"]
+    del values["paramserver"]["upstream"], values["paramserver"]["remembers"]
     del values["actor"]["rollouts"]
     file = tmp_path / "values.yaml"
     file.write_text(yaml.safe_dump({"config": values}))

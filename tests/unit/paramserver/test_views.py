@@ -29,8 +29,12 @@ INSTANT_S = 2**-20
 class Room:
     """Views with a clock, and learners that go on saying what they said last."""
 
-    def __init__(self, *, generation: int = NO_GENERATION, min_learners: int = 1) -> None:
-        self.views = Views(generation=generation, lease_s=LEASE_S, min_learners=min_learners)
+    def __init__(
+        self, *, generation: int = NO_GENERATION, min_learners: int = 1, remembers: bool = True
+    ) -> None:
+        self.views = Views(
+            generation=generation, lease_s=LEASE_S, min_learners=min_learners, remembers=remembers
+        )
         self.now_s = 100.0
         self._says: dict[str, Attend] = {}
 
@@ -980,6 +984,36 @@ def test_a_newcomer_that_finds_the_restarted_server_first_does_not_decide_for_th
     assert room.view == (7, ["learner-0", "learner-1"])
     assert not room.hear(other(stands("learner-9")))
     assert room.view == (7, ["learner-0", "learner-1"])
+
+
+def test_a_server_without_a_memory_does_not_take_the_first_who_comes_for_a_new_run() -> None:
+    """A rolling upgrade has replaced it together with learner-1, which has no checkpoint of its own."""
+    room = Room(remembers=False)
+    newcomer = other(stands("learner-1"))
+    room.say(newcomer)
+    room.pass_time(LEASE_S - BEAT_S)
+    assert room.view == (NO_GENERATION, [])
+    late = replace(trains("learner-0", 19), version=10_749)
+    room.say(late)
+    assert room.view == (19, ["learner-0"])
+    assert not room.hear(newcomer), "so it is ready, and learner-0 is the next to be replaced"
+    room.silence("learner-0")
+    room.hear(replace(leaves("learner-0", 19), version=10_749))
+    room.pass_time(AWAY_S / 2)
+    assert room.view == (19, []), "nobody begins again from nothing"
+    room.say(other(stands("learner-0", 19, version=10_749, incarnation=2)))
+    assert room.view == (20, ["learner-0", "learner-1"])
+    assert room.views.holder == 0
+
+
+def test_where_nobody_comes_back_to_a_server_without_a_memory_a_run_begins_after_a_short_wait() -> None:
+    room = Room(remembers=False)
+    room.say(stands("learner-0"), stands("learner-1"))
+    assert room.views.next_deadline_s() == room.now_s + LEASE_S
+    room.pass_time(LEASE_S - INSTANT_S)
+    assert room.view == (NO_GENERATION, [])
+    room.pass_time(INSTANT_S)
+    assert room.view == (1, ["learner-0", "learner-1"])
 
 
 def new_run_of(newcomer: Attend) -> Room:

@@ -175,7 +175,12 @@ class World:
 
     def _start_server(self) -> None:
         noted = max(self.formed, default=NO_GENERATION) if self._keeps_notes else NO_GENERATION
-        self.views = Views(generation=noted, lease_s=LEASE_S, min_learners=self._min_learners)
+        self.views = Views(
+            generation=noted,
+            lease_s=LEASE_S,
+            min_learners=self._min_learners,
+            remembers=self._keeps_notes or self.saved_version > NO_VERSION,
+        )
         self.views.held_version = self.views.restored_version = self.saved_version
         kind = "restored" if self.saved_version > NO_VERSION else "empty"
         is_outdated = any(learner.version > max(self.saved_version, 0) for learner in self.learners)
