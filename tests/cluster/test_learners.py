@@ -205,7 +205,9 @@ def test_a_configuration_with_which_old_and_new_cannot_train_together_reaches_al
 
 def test_with_fewer_learners_than_it_is_told_to_have_training_waits(release: Release) -> None:
     release.upgrade("config.learner.min_learners=2")
-    release.namespace.kubectl("rollout", "status", f"statefulset/{release.name}-learner", "--timeout=180s")
+    release.namespace.kubectl(
+        *("rollout", "status", f"statefulset/{release.name}-learner", "--timeout=180s"), timeout_s=200
+    )
     release.await_ready(actor=ACTORS, learner=LEARNERS)
     await_group(release, LEARNERS)
     steps = release.await_steps(above=release.steps() or 0)
