@@ -212,7 +212,7 @@ def record(load: Load) -> list[Rollout]:
     for half in wire.play(config, actions):
         for n in range(wire.ENVS):
             rollout = wire.rollout(half, n, packer)
-            arrays = {name: replace(array, data=bytes(array.data)) for name, array in rollout.arrays.items()}
+            arrays = {name: array._replace(data=bytes(array.data)) for name, array in rollout.arrays.items()}
             rollouts.append(replace(rollout, arrays=arrays))
     return rollouts
 

@@ -47,18 +47,18 @@ def rollout_schema(
     schema = {
         "observation": ArraySpec(dtype=spec.observation_dtype, shape=(frames, *spec.observation_shape)),
         "episode_start": ArraySpec(dtype="bool", shape=(frames,)),
-        "action": ArraySpec(dtype="int32", shape=(unroll_length,), low=0, high=actions.num_actions - 1),
+        "action": ArraySpec(dtype="int32", shape=(unroll_length,), high=actions.num_actions - 1),
         "behaviour_logits": ArraySpec(dtype="float32", shape=(unroll_length, actions.num_outputs)),
         "reward": ArraySpec(dtype="float32", shape=(unroll_length,)),
         "terminated": ArraySpec(dtype="bool", shape=(unroll_length,)),
     }
     if network.lstm:  # how the unroll found the actor's memory
         schema["initial_state"] = ArraySpec(dtype="float32", shape=(2, network.lstm_size))
-        schema["last_action"] = ArraySpec(dtype="int32", shape=(1,), low=0, high=actions.num_actions - 1)
+        schema["last_action"] = ArraySpec(dtype="int32", shape=(1,), high=actions.num_actions - 1)
         schema["last_reward"] = ArraySpec(dtype="float32", shape=(1,))
     if network.instructions and spec.instruction_length:
         shape = (unroll_length + 1, spec.instruction_length)
-        schema["instruction"] = ArraySpec(dtype="int32", shape=shape, low=0, high=NUM_WORDS - 1)
+        schema["instruction"] = ArraySpec(dtype="int32", shape=shape, high=NUM_WORDS - 1)
     return schema
 
 

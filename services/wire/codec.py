@@ -85,12 +85,15 @@ class _Rule:
     """As it stands in a header."""
     size_bytes: int
     """Unless it is compressed."""
+    unsigned: np.dtype[Any]
+    """Integers: the same bytes read without a sign."""
 
 
 def _rule(spec: ArraySpec) -> _Rule:
     dtype = np.dtype(spec.dtype)
     size_bytes = math.prod(spec.shape) * dtype.itemsize
-    return _Rule(spec=spec, dtype=dtype, shape=[*spec.shape], size_bytes=size_bytes)
+    unsigned = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "i" else dtype
+    return _Rule(spec=spec, dtype=dtype, shape=[*spec.shape], size_bytes=size_bytes, unsigned=unsigned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,15 +377,12 @@ def _check_values(name: str, data: memoryview, rule: _Rule) -> None:
     elif spec.dtype == "bool":
         if bytes(data).translate(None, b"\0\1"):
             raise WireError("schema", f"{name} holds a byte that is neither 0 nor 1")
-    elif spec.low is not None or spec.high is not None:
+    elif spec.high is not None and b"\1" in (np.frombuffer(data, rule.unsigned) > spec.high).tobytes():
+        # Without its sign a negative number is larger than any that is allowed.
         array = np.frombuffer(data, rule.dtype)
-        low, high = spec.low, spec.high
-        if array.size and (
-            (low is not None and array.min() < low) or (high is not None and array.max() > high)
-        ):
-            raise WireError(
-                "schema", f"{name} holds {array.min()} to {array.max()}; allowed are {low} to {high}"
-            )
+        raise WireError(
+            "schema", f"{name} holds {array.min()} to {array.max()}; allowed are 0 to {spec.high}"
+        )
 
 
 def _pull(fields: list[Any], buffers: list[memoryview]) -> Pull:

@@ -108,7 +108,7 @@ def bombs() -> Iterator[list[Buffer]]:
         b"",
     ):
         yield encode(
-            replace(message, arrays={**message.arrays, "observation": replace(observation, data=data)})
+            replace(message, arrays={**message.arrays, "observation": observation._replace(data=data)})
         )
 
 

@@ -28,8 +28,8 @@ from services.wire.messages import (
 T, ACTIONS = 5, 4
 SCHEMA = {
     "frames": ArraySpec(dtype="uint8", shape=(T + 1, 8, 8)),
-    "action": ArraySpec(dtype="int32", shape=(T,), low=0, high=ACTIONS - 1),
-    "task_step": ArraySpec(dtype="int64", shape=(T,), low=0),
+    "action": ArraySpec(dtype="int32", shape=(T,), high=ACTIONS - 1),
+    "task_step": ArraySpec(dtype="int64", shape=(T,), high=2**63 - 1),
     "done": ArraySpec(dtype="bool", shape=(T + 1,)),
     "behaviour_logits": ArraySpec(dtype="float32", shape=(T, ACTIONS)),
 }
