@@ -92,6 +92,7 @@ class _Rule:
 def _rule(spec: ArraySpec) -> _Rule:
     dtype = np.dtype(spec.dtype)
     size_bytes = math.prod(spec.shape) * dtype.itemsize
+    assert spec.high is None or spec.high <= np.iinfo(dtype).max, spec
     unsigned = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "i" else dtype
     return _Rule(spec=spec, dtype=dtype, shape=[*spec.shape], size_bytes=size_bytes, unsigned=unsigned)
 

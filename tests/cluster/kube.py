@@ -21,10 +21,18 @@ T = TypeVar("T")
 
 POLL_S = 0.25
 COMMAND_S = 60.0
+ANSWER_S = 30.0
 LOG_LINES = 25
 MAX_LOGS = 6
 METRICS_PORT = 9400
-TERMINATE = "date +%s && kill -TERM 1"
+TERMINATE = """
+until grep -Eq '^SigCgt.*[4-7c-f].{3}$' /proc/1/status; do sleep 0.05; done  # the kernel spares process 1
+date +%s && kill -TERM 1
+"""
+
+
+class KubectlError(AssertionError):
+    """kubectl has failed, because it was asked for what is not there or because the API server is busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +94,14 @@ def run(
 
 
 def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = COMMAND_S) -> str:
-    """What kubectl prints; AssertionError if it fails."""
-    ended = run(["kubectl", *arguments], stdin, timeout_s)
-    assert ended.returncode == 0, f"kubectl {' '.join(arguments)}: {ended.stderr.strip()}\n{ended.stdout}"
+    """What kubectl prints; KubectlError if it fails or takes too long."""
+    command = f"kubectl {' '.join(arguments)}"
+    try:
+        ended = run(["kubectl", *arguments], stdin, timeout_s)
+    except subprocess.TimeoutExpired:
+        raise KubectlError(f"{command}: not within {timeout_s:g} s") from None
+    if ended.returncode != 0:
+        raise KubectlError(f"{command}: {ended.stderr.strip()}\n{ended.stdout}")
     return ended.stdout
 
 
@@ -112,8 +125,14 @@ class Namespace:
     def metrics(self, pod: str) -> dict[str, float]:
         """Series -> value; empty while the pod does not answer."""
         path = f"/api/v1/namespaces/{self.name}/pods/{pod}:{METRICS_PORT}/proxy/metrics"
-        answer = run(["kubectl", "get", "--raw", path, "--request-timeout=5s"])
-        return parse_metrics(answer.stdout) if answer.returncode == 0 else {}
+        try:
+            return parse_metrics(kubectl("get", "--raw", path, "--request-timeout=5s"))
+        except KubectlError:
+            return {}
+
+    def answer(self, pod: str) -> dict[str, float]:
+        """The same of a pod that is there, as soon as it answers."""
+        return self.until(lambda: self.metrics(pod), f"{pod} answers", ANSWER_S)
 
     def python(self, pod: str, code: str) -> str:
         """What a piece of Python prints inside the pod's container."""
@@ -136,12 +155,22 @@ class Namespace:
         return self.until(end, f"{pod.name} ends", timeout_s)
 
     def until(self, condition: Callable[[], T | None], what: str, timeout_s: float) -> T:
-        """The first value of ``condition()`` that is true; AssertionError if there is none in time."""
+        """The first value of ``condition()`` that is true; AssertionError if there is none in time.
+
+        A kubectl that fails has not seen it yet.
+        """
         deadline_s = time.monotonic() + timeout_s
-        while not (value := condition()):
-            assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:g} s; last seen: {value!r}"
+        while True:
+            seen: T | KubectlError | None
+            try:
+                seen = condition()
+            except KubectlError as error:
+                seen = error
+            else:
+                if seen:
+                    return seen
+            assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:g} s; last seen: {seen!r}"
             threading.Event().wait(POLL_S)
-        return value
 
     def diagnosis(self) -> str:
         """Pods, what has happened lately, and the last words of learners and of those that are not ready."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.cluster.kube import Namespace, Pod, run
+from tests.cluster.kube import KubectlError, Namespace, Pod, run
 
 CHART = Path(__file__).parents[2] / "helm"
 HELM_S = 120.0
 READY_S = 180.0
 """A few cores import torch a dozen times, and that takes a while."""
+GONE_S = 240.0
+ROLLOUT_S = 300
+"""Of a whole StatefulSet, one pod after the other."""
 
 DEFAULTS: tuple[str, ...] = ()
 
@@ -62,7 +67,7 @@ class Release:
     def await_gone(self) -> None:
         """Until all pods of an uninstalled release are gone."""
         self.namespace.until(
-            lambda: not self.namespace.pods(self.selector), f"all pods of {self.name} are gone", HELM_S
+            lambda: not self.namespace.pods(self.selector), f"all pods of {self.name} are gone", GONE_S
         )
 
     # --- what there is ---------------------------------------------------------------------------------
@@ -81,6 +86,10 @@ class Release:
     def metrics(self, role: str) -> dict[str, float]:
         """Of the first learner, or the parameter server; empty while it does not answer."""
         return self.namespace.metrics(f"{self.name}-{role}-0")
+
+    def answer(self, role: str) -> dict[str, float]:
+        """The same, as soon as it answers."""
+        return self.namespace.answer(f"{self.name}-{role}-0")
 
     def learners(self) -> dict[str, dict[str, float]]:
         """The metrics of the learners that are in a group, by pod. One that has just started is in none."""
@@ -115,6 +124,13 @@ class Release:
         """Until exactly so many actors hold a seat."""
         self.namespace.until(lambda: self.seats() == count, f"{count} seats of {self.name}", timeout_s)
 
+    def await_rollout(self, role: str) -> None:
+        """Until Kubernetes has replaced all pods of a StatefulSet that has changed."""
+        workload = f"statefulset/{self.name}-{role}"
+        self.namespace.kubectl(
+            *("rollout", "status", workload, f"--timeout={ROLLOUT_S}s"), timeout_s=ROLLOUT_S + 20
+        )
+
     def await_steps(self, above: float, timeout_s: float = 60.0) -> float:
         """Until more than so many steps are trained; how many there are then."""
 
@@ -132,15 +148,27 @@ class Progress:
         self._release = release
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._failure: Exception | None = None
+        self.looks: list[float] = []
+        """Monotonic times, whether or not a learner answered."""
         self.samples: list[tuple[float, float]] = []
         """(monotonic time, steps), whenever a learner answered."""
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
+        try:
+            while not self._stopping.is_set():
+                self._look()
+                self._stopping.wait(0.25)
+        except Exception as error:  # noqa: BLE001  (of the thread's, none may pass unnoticed)
+            self._failure = error
+
+    def _look(self) -> None:
+        steps = None
+        with contextlib.suppress(KubectlError):
             steps = self._release.steps()
-            if steps is not None:
-                self.samples.append((time.monotonic(), steps))
-            self._stopping.wait(0.25)
+        self.looks.append(time.monotonic())
+        if steps is not None:
+            self.samples.append((self.looks[-1], steps))
 
     def __enter__(self) -> Progress:
         self._thread.start()
@@ -148,16 +176,34 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
-        self._thread.join(30.0)
+        self._thread.join(90.0)
+        assert not self._thread.is_alive(), "the last look does not end"
+        if self._failure is not None:
+            raise self._failure
 
     def longest_pause_s(self) -> float:
-        """Without a new record of steps."""
-        records = [self.samples[0]]
-        for sample in self.samples:
-            if sample[1] > records[-1][1]:
-                records.append(sample)
-        times = [time_s for time_s, _ in records] + [self.samples[-1][0]]
-        return max(later - earlier for earlier, later in itertools.pairwise(times))
+        """From one record of steps until the next was seen: at most a look more than training stood still."""
+        return max(later - earlier for earlier, later in itertools.pairwise(self._records()))
+
+    def longest_standstill_s(self) -> float:
+        """From one record of steps until the last look before the next: training stood still all that time.
+
+        A look takes seconds where a dozen pods begin on two cores.
+        """
+        return max(
+            max(look for look in self.looks if earlier <= look < later) - earlier
+            for earlier, later in itertools.pairwise(self._records())
+        )
+
+    def _records(self) -> list[float]:
+        """When each record was seen first, and a time after the last look."""
+        best = -math.inf
+        times = []
+        for time_s, steps in self.samples:
+            if steps > best:
+                best = steps
+                times.append(time_s)
+        return [*times, math.nextafter(self.looks[-1], math.inf)]
 
     def deepest_fall(self) -> float:
         """Steps that were lost, at most, against the record until then."""

@@ -33,7 +33,7 @@ def wait(release: Release, timeout_s: float = WAIT_S) -> int:
 
 
 def expect_complete(release: Release, steps: float) -> None:
-    metrics = release.metrics("learner")
+    metrics = release.answer("learner")
     assert metrics["impala_training_complete"] == 1
     assert metrics[STEPS] >= steps
     assert all(pod.restarts == 0 for pod in release.await_ready(actor=ACTORS))
@@ -50,7 +50,7 @@ def test_wait_returns_when_training_is_complete_and_all_pods_stay_ready(release:
 
 
 def test_an_installation_on_the_kept_claim_is_complete_at_once(release: Release) -> None:
-    trained = release.metrics("learner")[STEPS]
+    trained = release.answer("learner")[STEPS]
     release.uninstall()
     release.await_gone()
     release.install(f"actors={ACTORS}", f"config.total_steps={TOTAL_STEPS}")
@@ -58,18 +58,18 @@ def test_an_installation_on_the_kept_claim_is_complete_at_once(release: Release)
     assert wait(release) == 0
 
     expect_complete(release, TOTAL_STEPS)
-    learner = release.metrics("learner")
+    learner = release.answer("learner")
     assert learner[STEPS] == trained
     assert learner["impala_learner_updates_total"] == 0
 
 
 def test_more_steps_are_trained_on_top_of_those_of_the_claim(release: Release) -> None:
-    trained = release.metrics("learner")[STEPS]
+    trained = release.answer("learner")[STEPS]
     release.upgrade(f"config.total_steps={2 * TOTAL_STEPS}")
     release.await_steps(above=trained, timeout_s=WAIT_S)
 
     assert wait(release) == 0
 
-    learner = release.metrics("learner")
+    learner = release.answer("learner")
     expect_complete(release, 2 * TOTAL_STEPS)
     assert learner["impala_learner_samples_total"] == learner[STEPS] - trained

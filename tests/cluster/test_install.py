@@ -70,7 +70,7 @@ def test_catch_is_solved(installed: Installed, figures: Figures) -> None:
     release.namespace.until(solved, f"a mean return of {SOLVED} on catch", SOLVED_S)
 
     figures.note(f"helm install until a mean return of {SOLVED} on catch", installed.age_s())
-    figures.note("... after so many agent steps, at most", f"{release.metrics('learner')[STEPS]:,.0f}")
+    figures.note("... after so many agent steps, at most", f"{release.answer('learner')[STEPS]:,.0f}")
 
 
 def test_helm_test_passes(installed: Installed) -> None:
@@ -103,7 +103,7 @@ def test_memory_of_every_role_is_below_its_request(installed: Installed, figures
     release = installed.release
     for role in ("learner", "paramserver", "actor"):
         pods = release.pods(role)
-        used = max(release.namespace.metrics(pod.name)[MEMORY] for pod in pods) / 2**20
+        used = max(release.namespace.answer(pod.name)[MEMORY] for pod in pods) / 2**20
         figures.note(f"resident memory of the {role} (of all of them, the most)", f"{used:.0f} MiB")
 
         requested = release.namespace.kubectl(

@@ -57,7 +57,8 @@ def await_group(release: Release, size: int) -> dict[str, dict[str, float]]:
     def together() -> dict[str, dict[str, float]] | None:
         learners = release.learners()
         worlds = {(metrics[WORLD_SIZE], metrics[GENERATION]) for metrics in learners.values()}
-        return learners if len(learners) == size and {world for world, _ in worlds} == {size} else None
+        in_one = len(worlds) == 1 and {world for world, _ in worlds} == {size}
+        return learners if len(learners) == size and in_one else None
 
     return release.namespace.until(together, f"{size} learners train together", GATHER_S)
 
@@ -71,8 +72,8 @@ def await_equal_weights(release: Release) -> None:
 
     def equal() -> bool:
         learners = release.learners().values()
-        known = {metrics[VERSION_OF_CHECKSUM]: metrics[CHECKSUM] for metrics in learners}
-        return len(learners) > 1 and len(known) == 1 and len({each[CHECKSUM] for each in learners}) == 1
+        known = {(metrics[VERSION_OF_CHECKSUM], metrics[CHECKSUM]) for metrics in learners}
+        return len(learners) > 1 and len(known) == 1 and all(version for version, _ in known)
 
     release.namespace.until(equal, "learners with the same weights at the same version", 60)
 
@@ -137,7 +138,7 @@ def test_nothing_is_lost_with_the_death_of(
     release.await_ready(actor=ACTORS, learner=LEARNERS)
     generations = {metrics[GENERATION] for metrics in await_group(release, LEARNERS).values()}
     victim = next(pod for pod in release.pods() if pod.name == f"{release.name}-{member}")
-    survivors = {(pod.uid, pod.restarts) for pod in release.pods() if pod != victim}
+    survivors = {(pod.uid, pod.restarts) for pod in release.pods() if pod.uid != victim.uid}
 
     with Progress(release) as progress:
         release.await_steps(above=release.steps() or 0)
@@ -188,9 +189,7 @@ def test_a_configuration_with_which_old_and_new_cannot_train_together_reaches_al
     before = identities(release.pods(), "learner")
     with Progress(release) as progress:
         release.upgrade("config.total_steps=1900000000")
-        release.namespace.kubectl(
-            *("rollout", "status", f"statefulset/{release.name}-learner", "--timeout=180s"), timeout_s=200
-        )
+        release.await_rollout("learner")
         release.await_ready(actor=ACTORS, learner=LEARNERS)
         learners = await_group(release, LEARNERS)
         release.await_steps(above=max(metrics[STEPS] for metrics in learners.values()))
@@ -205,9 +204,7 @@ def test_a_configuration_with_which_old_and_new_cannot_train_together_reaches_al
 
 def test_with_fewer_learners_than_it_is_told_to_have_training_waits(release: Release) -> None:
     release.upgrade("config.learner.min_learners=2")
-    release.namespace.kubectl(
-        *("rollout", "status", f"statefulset/{release.name}-learner", "--timeout=180s"), timeout_s=200
-    )
+    release.await_rollout("learner")
     release.await_ready(actor=ACTORS, learner=LEARNERS)
     await_group(release, LEARNERS)
     steps = release.await_steps(above=release.steps() or 0)
@@ -215,11 +212,11 @@ def test_with_fewer_learners_than_it_is_told_to_have_training_waits(release: Rel
     release.namespace.kubectl("scale", f"statefulset/{release.name}-learner", "--replicas=1")
     first = f"{release.name}-learner-0"
     release.namespace.until(
-        lambda: len(release.pods("learner")) == 1 and release.namespace.metrics(first)[WORLD_SIZE] == 0,
+        lambda: len(release.pods("learner")) == 1 and release.namespace.metrics(first).get(WORLD_SIZE) == 0,
         "the only learner waits",
         60,
     )
-    waited = release.namespace.metrics(first)
+    waited = release.namespace.answer(first)
     assert waited[STEPS] >= steps
     assert not next(pod for pod in release.pods("learner") if pod.name == first).restarts
 

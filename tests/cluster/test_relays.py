@@ -33,7 +33,7 @@ def test_actors_get_their_weights_from_a_relay_and_their_seats_through_it(relaye
     relay = relayed.pod("relay").name
     relayed.await_seats(ACTORS)
     steps = relayed.await_steps(above=0)
-    pulls = relayed.namespace.metrics(relay)[FULL_PULLS]
+    pulls = relayed.namespace.answer(relay)[FULL_PULLS]
 
     relayed.await_steps(above=steps)
     relayed.namespace.until(

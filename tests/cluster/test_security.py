@@ -95,7 +95,7 @@ def seed_of(release: Release) -> bytes:
 
 
 def counts(release: Release, series: str) -> dict[str, float]:
-    return {role: release.metrics(role)[series] for role in SERVERS}
+    return {role: release.answer(role)[series] for role in SERVERS}
 
 
 def counts_rose(before: dict[str, float], now: dict[str, float], by: int) -> bool:
@@ -135,8 +135,8 @@ def test_strangers_are_refused_and_counted_and_training_does_not_notice(release:
     release.namespace.until(
         lambda: counts_rose(handshakes, counts(release, HANDSHAKE), by=4), "failed handshakes are counted", 30
     )
-    assert progress.longest_pause_s() < LONGEST_PAUSE_S
-    assert release.metrics("learner")['impala_learner_rollouts_total{result="invalid"}'] == 0
+    assert progress.longest_standstill_s() < LONGEST_PAUSE_S
+    assert release.answer("learner")['impala_learner_rollouts_total{result="invalid"}'] == 0
     assert all(pod.restarts == 0 for pod in release.pods())
 
 

@@ -21,7 +21,7 @@ def test_training_goes_on_by_itself_after_the_death_of(
     release: Release, figures: Figures, role: str, flags: tuple[str, ...]
 ) -> None:
     victim = release.pod(role)
-    survivors = {(pod.uid, pod.restarts) for pod in release.pods() if pod != victim}
+    survivors = {(pod.uid, pod.restarts) for pod in release.pods() if pod.uid != victim.uid}
 
     with Progress(release) as progress:
         release.await_steps(above=release.steps() or 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from services.local.plan import reserved_ports
 from tests.integration.system import START_S, Process, get
 from tests.unit.learner.waiting import until
 
@@ -46,19 +46,17 @@ def running(binary: Path, config: Mapping[str, Any], directory: Path) -> Iterato
     """A Prometheus with this configuration, whose paths are absolute."""
     path = directory / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [str(binary), f"--config.file={path}", f"--storage.tsdb.path={directory / 'tsdb'}"]
-    server = Process([*command, f"--web.listen-address=127.0.0.1:{port}"], directory / "prometheus.log")
-    found = Prometheus(port)
+    with reserved_ports(0, 1) as (port,):
+        server = Process([*command, f"--web.listen-address=127.0.0.1:{port}"], directory / "prometheus.log")
+        found = Prometheus(port)
 
-    def ready() -> bool:
-        assert server.alive, server.log()
-        return found.ready()
+        def ready() -> bool:
+            assert server.alive, server.log()
+            return found.ready()
 
-    try:
-        until(ready, "Prometheus is ready", START_S)
-        yield found
-    finally:
-        server.end()
+        try:
+            until(ready, "Prometheus is ready", START_S)
+            yield found
+        finally:
+            server.end()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import StartPod, StartRun
-from tests.integration.system import START_S, STEPS_PER_UPDATE, Pod, Process, Run, get
+from tests.integration.system import START_S, STEPS_PER_UPDATE, Pod, Process, Run, field, get
 from tests.integration.test_stop import catches_sigterm
 from tests.unit.learner.waiting import until
 
@@ -135,7 +135,11 @@ def test_an_evaluator_plays_the_last_weights_of_a_run_without_waiting(
     for role in ("paramserver", "learner", "actor"):
         start_pod(role, "--total_steps", str(200 * STEPS_PER_UPDATE))
     evaluator = start_pod("evaluator", "--evaluator.interval_s", "3600", "--evaluator.episodes", "2")
-    until(lambda: evaluator.value("evaluator_policy_version") == 200, "the last version", START_S)
+    until(
+        lambda: any(field(line, "policy_version") == "200" for line in evaluator.lines("round")),
+        "a round with the last version",
+        START_S,
+    )
     last = reported(tmp_path / "run")[-1]
     assert (last["version"], last["steps"]) == (200, 200 * STEPS_PER_UPDATE)
     stops(evaluator)
