@@ -44,9 +44,7 @@ class RolloutQueue:
     def put(self, rollout: Rollout, timeout_s: float) -> bool:
         """Append; False if there was no room within ``timeout_s``."""
         with self._has_room:
-            if len(self._rollouts) >= self.capacity and not self._has_room.wait_for(
-                lambda: len(self._rollouts) < self.capacity, timeout_s
-            ):
+            if not self._has_room.wait_for(lambda: len(self._rollouts) < self.capacity, timeout_s):
                 return False
             self._rollouts.append(rollout)
             if len(self._rollouts) >= self._wanted:

@@ -186,9 +186,10 @@ class Progress:
         return max(later - earlier for earlier, later in itertools.pairwise(self._records()))
 
     def longest_standstill_s(self) -> float:
-        """From one record of steps until the last look before the next: training stood still all that time.
+        """From one record of steps until the last look that saw no other: at most a look too short.
 
-        A look takes seconds where a dozen pods begin on two cores.
+        The longer figure counts that look as standstill, which takes seconds where a dozen pods begin on two
+        cores. A look that nobody answers has seen nothing new.
         """
         return max(
             max(look for look in self.looks if earlier <= look < later) - earlier
