@@ -33,6 +33,8 @@ class Upstream:
     def __init__(self, relay: Relay, connect: Callable[[], Requester]) -> None:
         self.relay = relay
         self.socket = connect()
+        self.has_more = False
+        """Something is to be sent as soon as the socket has room for it."""
         self._connect = connect
         self._breaks = 0
         """Of the connection when the last request left."""
@@ -49,12 +51,16 @@ class Upstream:
             breaks = self.socket.breaks
         elif breaks != self._breaks and self.relay.is_asking:
             self.relay.unsent(now_s)  # or lost on the way, which is the same
-        for request in self.relay.requests(now_s):
-            if self.socket.send(request, timeout_s=0.0):
+        pull = self.relay.pull(now_s)
+        if pull is not None:
+            if self.socket.send(pull, timeout_s=0.0):
                 self._breaks, self._stuck_since_s = breaks, None
             else:
                 self.relay.unsent(now_s)
                 self._stuck_since_s = now_s if self._stuck_since_s is None else self._stuck_since_s
+        self.has_more = not all(
+            self.socket.send(goodbye, timeout_s=0.0) for goodbye in self.relay.goodbyes(now_s)
+        )
         return replies
 
     def _is_stuck(self, now_s: float) -> bool:
@@ -126,10 +132,12 @@ class Loop:
     def _wait(self) -> None:
         deadline_s = self._server.next_deadline_s()
         sockets: list[Replier | Requester] = [self._replier]
+        full: list[Requester] = []
         if self._upstream is not None:
             deadline_s = min(deadline_s, self._upstream.relay.next_deadline_s())
             sockets.append(self._upstream.socket)
-        wait(sockets, min(max(deadline_s - self._clock(), 0.0), TURN_S))
+            full += [self._upstream.socket] if self._upstream.has_more else []
+        wait(sockets, min(max(deadline_s - self._clock(), 0.0), TURN_S), full)
 
     def _send(self, replies: list[Reply]) -> None:
         """And what others are told in place of those who are gone."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -125,7 +125,7 @@ class RelayedSeats:
         self._num_seats = num_seats
         self._guests: OrderedDict[str, _Guest] = OrderedDict()  # the next to run out comes first
         self._unasked: set[str] = set()
-        self._departed: list[Client] = []
+        self._departed: deque[_Guest] = deque(maxlen=num_seats)
 
     def renew(self, client: Client, now_s: float) -> None:
         """A newcomer keeps what it claims until upstream has spoken."""
@@ -149,11 +149,11 @@ class RelayedSeats:
         return guest.client.seat
 
     def release(self, client: Client) -> None:
-        """To be passed on by the next ``take_departed``."""
+        """``client`` said goodbye, which is to be passed on."""
         guest = self._guests.get(client.client_id)
         if guest is not None and client.incarnation >= guest.client.incarnation:
             self._end(client.client_id)
-            self._departed.append(client)
+            self._departed.append(replace(guest, client=client))
 
     def expire(self, now_s: float) -> None:
         """Not told upstream: a silent client may just have moved to another relay."""
@@ -184,10 +184,15 @@ class RelayedSeats:
             if guest is not None:
                 self._guests[client.client_id] = replace(guest, client=replace(guest.client, seat=seat))
 
-    def take_departed(self) -> list[Client]:
-        """Who said goodbye since the last call."""
-        departed, self._departed = self._departed, []
-        return departed
+    def departed(self, now_s: float) -> Client | None:
+        """Whose goodbye is the next to be passed on. It is this one until ``passed_on``."""
+        while self._departed and self._departed[0].until_s <= now_s:
+            self._departed.popleft()  # without a goodbye its lease is over further up as well
+        return self._departed[0].client if self._departed else None
+
+    def passed_on(self) -> None:
+        """The goodbye of ``departed`` is on its way."""
+        self._departed.popleft()
 
     def _end(self, client_id: str) -> None:
         del self._guests[client_id]

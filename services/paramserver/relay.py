@@ -16,7 +16,7 @@ Since a relay answers as a parameter server does, it can be upstream of another 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from services.ops.logging import get_logger
@@ -74,13 +74,18 @@ class Relay:
         self.has_answered = False
         """Whether upstream has answered yet."""
 
-    def requests(self, now_s: float) -> list[list[Buffer]]:
-        """Goodbyes to pass on, and a Pull when one is due."""
-        goodbyes = [Goodbye(run_id=self._run_id, sender=client) for client in self._seats.take_departed()]
-        requests = [encode(goodbye) for goodbye in goodbyes]
-        if now_s >= self.next_deadline_s():
-            requests.append(self._pull(now_s))
-        return requests
+    def pull(self, now_s: float) -> list[Buffer] | None:
+        """The next Pull if it is due. It counts as open, until ``unsent``."""
+        return self._pull(now_s) if now_s >= self.next_deadline_s() else None
+
+    def goodbyes(self, now_s: float) -> Iterator[list[Buffer]]:
+        """Goodbyes to pass on. Whoever takes the next one has sent the one before.
+
+        Where many leave at once they do not fit into a socket's queue: the others are here next time.
+        """
+        while (client := self._seats.departed(now_s)) is not None:
+            yield encode(Goodbye(run_id=self._run_id, sender=client))
+            self._seats.passed_on()
 
     def next_deadline_s(self) -> float:
         """When the next Pull is due."""
@@ -98,7 +103,7 @@ class Relay:
         return self._open is not None and now_s >= self._open.until_s
 
     def unsent(self, now_s: float) -> None:
-        """Upstream is not there; a Goodbye that did not leave is made up for by the end of its lease."""
+        """Upstream is not there."""
         self._open = None
         self._ask_at_s = now_s + CONNECT_S
         self._forget_behind()  # whoever answers next may be another server

@@ -213,19 +213,22 @@ def finish(timeout_s: float) -> bool:
     return not ending.is_alive()
 
 
-def wait(sockets: Sequence[_Socket], timeout_s: float) -> None:
-    """Return as soon as one of ``sockets`` has something to receive, at the latest after ``timeout_s``."""
-    _ready(sockets, zmq.POLLIN, timeout_s)
+def wait(sockets: Iterable[_Socket], timeout_s: float, full: Iterable[_Socket] = ()) -> None:
+    """Return as soon as one of ``sockets`` has something to receive, at the latest after ``timeout_s``.
+
+    Or when one of ``full`` has room for something to send.
+    """
+    _ready([*((each, zmq.POLLIN) for each in sockets), *((each, zmq.POLLOUT) for each in full)], timeout_s)
 
 
 S = TypeVar("S", bound=_Socket)
 
 
-def _ready(sockets: Iterable[S], event: int, timeout_s: float) -> list[S]:
-    by_socket = {each._socket: each for each in sockets}  # noqa: SLF001
+def _ready(events: Sequence[tuple[S, int]], timeout_s: float) -> list[S]:
     # Rounded up: a timeout below a millisecond would make the caller's loop spin.
-    polled = dict(zmq.zmq_poll([(socket, event) for socket in by_socket], math.ceil(timeout_s * 1000)))
-    return [each for socket, each in by_socket.items() if socket in polled]
+    polled = zmq.zmq_poll([(each._socket, event) for each, event in events], math.ceil(timeout_s * 1000))  # noqa: SLF001
+    sockets = {socket for socket, _ in polled}
+    return [each for each, _ in events if each._socket in sockets]  # noqa: SLF001
 
 
 class LearnerConnection(_Socket):
@@ -301,7 +304,7 @@ class RolloutSender:
         """The next learner that has room; None if there is none within ``timeout_s``."""
         for connection in self._connections:
             connection.mend()
-        with_room = _ready(self._connections, zmq.POLLOUT, timeout_s)
+        with_room = _ready([(connection, zmq.POLLOUT) for connection in self._connections], timeout_s)
         if not with_room:
             return None
         chosen = with_room[0]

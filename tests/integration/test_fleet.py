@@ -19,6 +19,8 @@ from tests.unit.learner.waiting import until
 pytestmark = pytest.mark.integration
 
 NUM_CLIENTS = 32
+GOODBYES_S = 15.0
+"""Half of a lease, with which the seats would come back without goodbyes."""
 
 
 def test_32_clients_with_keys_are_served_and_nothing_is_refused(tmp_path: Path) -> None:
@@ -26,7 +28,7 @@ def test_32_clients_with_keys_are_served_and_nothing_is_refused(tmp_path: Path) 
     with own_pods(Own(env="catch", keys=make_keys(tmp_path / "keys"))) as pods:
         measured = run(load, pods, record(load))
         figures = measured.figures
-        until(lambda: _seats(pods) == 0, "all have said goodbye", 5.0)  # long before a lease ends
+        until(lambda: _seats(pods) == 0, "all have said goodbye", GOODBYES_S)
     for what in ("answered", "served", "seats_held", "sending"):
         assert figures[what] == NUM_CLIENTS, what
     for what in (
@@ -84,6 +86,7 @@ def test_new_weights_are_timed_from_their_publication(relays: int, tmp_path: Pat
     with own_pods(own) as pods:
         assert len(pods.relays) == relays
         figures = run(load, pods, []).figures
+        until(lambda: _seats(pods) == 0, "all have said goodbye, also through a relay", GOODBYES_S)
     assert figures["served"] == NUM_CLIENTS
     assert figures["versions"] > 1
     assert 0 < figures["new_version_50_s"] <= figures["new_version_99_s"] <= figures["new_version_100_s"]
@@ -110,7 +113,7 @@ def test_ctrl_c_ends_it_with_goodbyes_and_leaves_no_process(tmp_path: Path) -> N
         finally:
             fleet.kill()
             fleet.wait()
-        until(lambda: _seats(pods) == 0, "all have said goodbye", 5.0)
+        until(lambda: _seats(pods) == 0, "all have said goodbye", GOODBYES_S)
 
 
 @pytest.mark.parametrize(

@@ -222,12 +222,19 @@ def relay(name: str = "relay-0", incarnation: int = 88, hold_s: float = HOLD_S) 
     return Node(server=server, store=store, registry=registry, relay=upstream)
 
 
+def requests_of(node: Node) -> list[list[Buffer]]:
+    """What a relay sends upstream now, where there is room for all of it."""
+    assert node.relay is not None
+    pull = node.relay.pull(node.now_s)
+    return ([] if pull is None else [pull]) + list(node.relay.goodbyes(node.now_s))
+
+
 def connect(below: Node, above: Node, peer: bytes = b"relay") -> int:
     """Carry messages between a relay and its upstream until both are silent; how many requests went up."""
     assert below.relay is not None
     carried = 0
     for _ in range(100):
-        requests = below.relay.requests(below.now_s)
+        requests = requests_of(below)
         for frames in requests:
             above.receive(peer, frames)
         answers = above.raw.get(peer, [])

@@ -203,10 +203,35 @@ def test_a_relay_passes_each_goodbye_on_once_but_not_the_end_of_a_lease() -> Non
         seats.renew(client(name), 0.0)
     seats.release(client("a"))
     seats.release(client("stranger"))
-    assert seats.take_departed() == [client("a")]
+    assert [seats.departed(0.0) for _ in range(2)] == [client("a")] * 2
+    seats.passed_on()
+    assert seats.departed(0.0) is None
     seats.expire(LEASE_S)
-    assert seats.take_departed() == []
+    assert seats.departed(LEASE_S) is None
     assert len(seats) == 0
+
+
+def test_a_goodbye_that_nobody_takes_is_kept_for_no_longer_than_the_lease() -> None:
+    seats = RelayedSeats(LEASE_S)
+    for name, renewed_s in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
+        seats.renew(client(name), renewed_s)
+    for name in "abc":
+        seats.release(client(name))
+    assert seats.departed(LEASE_S - 0.001) == client("a")
+    assert seats.departed(LEASE_S + 1.0) == client("c")
+    assert seats.departed(LEASE_S + 2.0) is None
+
+
+def test_a_relay_remembers_no_more_goodbyes_than_there_are_seats() -> None:
+    seats = RelayedSeats(LEASE_S, num_seats=2)
+    for name in "abc":
+        seats.renew(client(name), 0.0)
+        seats.release(client(name))
+    departed = []
+    while (who := seats.departed(0.0)) is not None:
+        departed.append(who)
+        seats.passed_on()
+    assert departed == [client("b"), client("c")]
 
 
 def test_a_relay_ignores_older_incarnations_and_answers_for_clients_that_have_left() -> None:

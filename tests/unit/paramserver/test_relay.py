@@ -23,6 +23,7 @@ from tests.unit.paramserver.harness import (
     publish,
     pull,
     relay,
+    requests_of,
     root,
 )
 
@@ -43,8 +44,7 @@ def carry(above: Node, relays: Sequence[Node]) -> None:
 
 def sent_up(node: Node) -> list[Pull | Goodbye]:
     """What the relay wants to send upstream now."""
-    assert node.relay is not None
-    messages = [decode(cross(frames), EXPECTED) for frames in node.relay.requests(node.now_s)]
+    messages = [decode(cross(frames), EXPECTED) for frames in requests_of(node)]
     return [message for message in messages if isinstance(message, Pull | Goodbye)]
 
 
@@ -156,7 +156,7 @@ def test_the_answer_to_a_replaced_request_brings_weights_but_its_seats_are_not_m
     replaced = pulled(below)
     below.goodbye(b"A", A)
     below.pull(b"B", pull(B))
-    goodbye, newer = sent_up(below)
+    newer, goodbye = sent_up(below)
     assert isinstance(goodbye, Goodbye)
     assert isinstance(newer, Pull)
     answer(below, replaced, version=1, seats=(0,))  # a's seat, which must not become b's

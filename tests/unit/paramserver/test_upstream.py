@@ -8,9 +8,10 @@ from typing import cast
 import pytest
 
 from services.paramserver.loop import Upstream
-from services.wire.messages import Buffer
+from services.wire.codec import decode
+from services.wire.messages import Buffer, Goodbye, Pull
 from services.wire.sockets import RENEW_S, Requester
-from tests.unit.paramserver.harness import HOLD_S, relay
+from tests.unit.paramserver.harness import EXPECTED, HOLD_S, client, cross, pull, relay
 
 SOON_S = 1.0
 """Less than the relay's patience, and longer than its pause where nobody is there."""
@@ -22,15 +23,24 @@ class Wire:
     def __init__(self, is_up: bool) -> None:
         self.is_up = is_up
         self.breaks = 0
+        self.room = 1_000_000
+        """For so many messages."""
         self.asked = 0
+        self.departed: list[str] = []
         self.is_closed = False
 
     def receive(self, timeout_s: float) -> list[Buffer] | None:
         return None
 
     def send(self, frames: Sequence[Buffer], timeout_s: float) -> bool:
-        self.asked += self.is_up
-        return self.is_up
+        if not self.is_up or self.room == 0:
+            return False
+        self.room -= 1
+        message = decode(cross(list(frames)), EXPECTED)
+        self.asked += isinstance(message, Pull)
+        if isinstance(message, Goodbye):
+            self.departed.append(message.sender.client_id)
+        return True
 
     def close(self) -> None:
         self.is_closed = True
@@ -42,9 +52,9 @@ class Scene:
         self._is_failing = False
         self.failures = 0
         self.wires: list[Wire] = []
-        below = relay(hold_s=hold_s).relay
-        assert below is not None
-        self.upstream = Upstream(below, self._connect)
+        self.node = relay(hold_s=hold_s)
+        assert self.node.relay is not None
+        self.upstream = Upstream(self.node.relay, self._connect)
         self.now_s = 100.0
         self.upstream.turn(self.now_s)
 
@@ -154,3 +164,41 @@ def test_an_upstream_that_was_never_there_is_left_to_its_socket() -> None:
     scene = Scene(is_up=False)
     scene.pass_time(3 * RENEW_S)
     assert len(scene.wires) == 1
+
+
+# --- goodbyes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowded(scene: Scene) -> Scene:
+    """Twelve clients, all of whom upstream has been asked about, leave at once; there is room for four."""
+    for number in range(12):
+        scene.node.pull(b"%d" % number, pull(client(f"{number:02d}")))
+    scene.pass_time(0.05)
+    (wire,) = scene.wires
+    assert wire.asked == 2
+    wire.room = 4
+    for number in range(12):
+        scene.node.goodbye(b"%d" % number, client(f"{number:02d}"))
+    scene.pass_time(0.05)
+    return scene
+
+
+def test_goodbyes_that_do_not_fit_into_the_queue_are_passed_on_when_it_has_room(crowded: Scene) -> None:
+    (wire,) = crowded.wires
+    assert (wire.departed, crowded.upstream.has_more) == ([f"{number:02d}" for number in range(4)], True)
+    wire.room = 7
+    crowded.pass_time(0.05)
+    assert (len(wire.departed), crowded.upstream.has_more) == (11, True)
+    wire.room = 7
+    crowded.pass_time(0.05)
+    assert wire.departed == [f"{number:02d}" for number in range(12)]
+    assert not crowded.upstream.has_more
+
+
+def test_a_queue_full_of_goodbyes_neither_repeats_the_open_request_nor_ends_the_connection(
+    crowded: Scene,
+) -> None:
+    (wire,) = crowded.wires
+    crowded.pass_time(SOON_S)
+    assert (wire.asked, len(crowded.wires)) == (2, 1)
