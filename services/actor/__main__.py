@@ -49,6 +49,7 @@ def run(config: RunConfig, actor_id: str, lifecycle: Lifecycle) -> int:
     from services.wire.sockets import Requester, RolloutSender, finish
     from services.wire.subscriber import Subscriber
 
+    lifecycle.begin()
     torch.set_num_threads(config.actor.inference_threads)
     torch.set_num_interop_threads(1)
     log = logging.get_logger("main")

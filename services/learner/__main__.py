@@ -87,6 +87,7 @@ def run(config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     from services.wire.security import Doorkeeper
     from services.wire.sockets import Requester, RolloutReceiver
 
+    lifecycle.begin()
     log = logging.get_logger("main")
     keys = load_keys(config.wire.keys, "learner")
     torch.set_num_threads(num_threads)

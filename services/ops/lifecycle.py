@@ -1,8 +1,8 @@
 """How a pod comes to its end: by signal, because its parent is gone, or because one of its threads failed.
 
 All of these set ``stopping``, which every loop of the pod waits on; the pod's ``__main__`` then shuts down in
-order and returns ``exit_code``. Nothing here ends a thread or the process by force, with one exception: a
-second Ctrl-C.
+order and returns ``exit_code``. Nothing here ends a thread or the process by force, with two exceptions: a
+second Ctrl-C, and a pod that is still importing what it is made of, where nothing waits on anything yet.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ _log = get_logger("lifecycle")
 class Lifecycle:
     """One per process. All methods may be called from any thread, except ``install_signals``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_begun: bool = True) -> None:
+        """Until ``begin``, unless it ``has_begun``, whatever stops the pod ends its process at once."""
         self.stopping = threading.Event()
+        self._has_begun = has_begun
         self._lock = threading.Lock()
         self._exit_code = 0
 
@@ -34,14 +36,21 @@ class Lifecycle:
         """0, or that of the first failure."""
         return self._exit_code
 
+    def begin(self) -> None:
+        """From here on there is something to shut down in order."""
+        with self._lock:
+            self._has_begun = True
+
     def stop(self, reason: str, exit_code: int = 0) -> None:
         """Ask everything to stop. Only the first call is logged; the first exit code other than 0 stays."""
         with self._lock:
             first = not self.stopping.is_set()
             self._exit_code = self._exit_code or exit_code
             self.stopping.set()
-        if first:
-            _log.info("stopping", reason=reason)
+            if first:
+                _log.info("stopping", reason=reason)
+            if not self._has_begun:  # to import torch takes seconds, and minutes with a tenth of a core
+                os._exit(self._exit_code)
 
     def fail(self, error: BaseException, part: str = "main", exit_code: int = 1) -> None:
         """An unexpected error in ``part`` of the pod: log it with its traceback and stop."""
@@ -70,9 +79,9 @@ class Lifecycle:
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # first, or one could be lost here
         for number in SIGNALS:
             signal.signal(number, lambda _number, _frame: None)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(
             before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_signals_behind
         )

@@ -28,7 +28,9 @@ DIVERGED = 3
 """Exit code of a learner whose training has diverged: starting it again would change nothing."""
 
 Run = Callable[[RunConfig, str, Lifecycle], int]
-"""(configuration, name of this pod, life cycle) -> exit code: 0 stopped as asked, 1 failed."""
+"""(configuration, name of this pod, life cycle) -> exit code: 0 stopped as asked, 1 failed.
+
+It imports what is slow to import, and then tells the life cycle that it begins."""
 
 
 def main(role: str, argv: Sequence[str] | None, run: Run) -> int:
@@ -39,7 +41,7 @@ def main(role: str, argv: Sequence[str] | None, run: Run) -> int:
         raise_file_limit()
         config = configuration.load(arguments.config, os.environ, flags)
         logging.setup(role, config.ops.log_level)
-        lifecycle = Lifecycle()
+        lifecycle = Lifecycle(has_begun=False)
         lifecycle.install_signals()
         if arguments.parent_pid is not None:
             lifecycle.watch_parent(arguments.parent_pid)

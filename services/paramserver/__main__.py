@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: RunConfig, paramserver_id: str, lifecycle: Lifecycle) -> int:
     """Build, run, stop."""
+    lifecycle.begin()
     heartbeat = Heartbeat()
     registry = CollectorRegistry()
     metrics = ParamserverMetrics(registry)

@@ -82,6 +82,37 @@ def test_a_signal_is_noticed_while_the_main_thread_is_busy(children: list[Child]
     assert child.read() == "noticed"
 
 
+def test_a_pod_that_is_still_importing_ends_at_once(children: list[Child]) -> None:
+    child = Child("""
+        life = Lifecycle(has_begun=False)
+        life.install_signals()
+        say('up')
+        threading.Event().wait()
+    """)
+    children.append(child)
+    assert child.read() == "up"
+    child.process.send_signal(signal.SIGTERM)
+    code, log = child.end()
+    assert code == 0
+    assert "stopping reason=SIGTERM" in log
+
+
+def test_a_pod_that_has_begun_stops_in_order(children: list[Child]) -> None:
+    child = Child("""
+        life = Lifecycle(has_begun=False)
+        life.install_signals()
+        life.begin()
+        say('up')
+        life.stopping.wait()
+        say('stopping in order')
+    """)
+    children.append(child)
+    assert child.read() == "up"
+    child.process.send_signal(signal.SIGTERM)
+    assert child.read() == "stopping in order"
+    assert child.end()[0] == 0
+
+
 def test_a_second_interrupt_ends_a_pod_that_does_not_stop(children: list[Child]) -> None:
     child = Child("""
         life.install_signals()
