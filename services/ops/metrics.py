@@ -284,6 +284,7 @@ class ParamserverMetrics:
             "role",
             "stale",
             "config",
+            "config_wait",
             "not_leader",
             "internal",
         )

@@ -24,7 +24,8 @@ Publish
 Attend
     renews a learner's place among the learners, and is answered at once with the view (``views.py``). A new
     group is news to all whose requests are held. A learner with another configuration than counts is refused
-    (`config`). A relay takes none (`relay`).
+    (`config`). It may take the place of the others, but not while they have a newer state than this server,
+    which was restarted and is about to be given it (`config_wait`). A relay takes none (`relay`).
 Goodbye
     ends the sender's seat and its held request. It has no answer.
 
@@ -314,7 +315,8 @@ class Server:
         if self._views.attend(attend, now_s):
             answers = [self._to(peer, self._view(self._views))]
         else:
-            answers = self._refuse(peer, "config", OTHER_CONFIG, now_s)
+            reason = "config_wait" if self._views.is_about_to_be_given_more else "config"
+            answers = self._refuse(peer, reason, OTHER_CONFIG, now_s)
         return [*answers, *self._tell_of(self._views, now_s)]
 
     def _view(self, views: Views) -> View:

@@ -44,6 +44,9 @@ QUIET_S = 1.5
 takes the lease.)"""
 GATHER_S = 10.0
 """A gathering waits no longer for learners that attend but do not come to stand."""
+ADOPT_S = 15.0
+"""After a restart the rest of a group that trains is waited for longer: it trains on, and would stop for
+nothing. An attempt to connect may hang for three seconds, and the next one comes up to two seconds later."""
 RETURN_S = 3.0
 """After a restart members are back within as much: their sockets try again at least every 2 s. Learners
 without a checkpoint wait as long for one that has it."""
@@ -117,6 +120,12 @@ class Views:
     def __len__(self) -> int:
         """Learners that attend."""
         return len(self._seen)
+
+    @property
+    def is_about_to_be_given_more(self) -> bool:
+        """Those who attend have a newer state than the server, and are enough to train and to publish it."""
+        newest = max((seen.attend.version for seen in self._seen.values()), default=NO_VERSION)
+        return newest > max(self.held_version, 0) and len(self) >= self._min_learners
 
     def attends(self, client: Client) -> bool:
         """Whether this very process does."""
@@ -380,8 +389,18 @@ class Views:
 
     def _patience_s(self) -> float:
         """Those who stand need not wait for long for others who may train, if anything is known of them."""
-        trains = any(seen.attend.phase == "training" for seen in self._seen.values())
+        attends = [seen.attend for seen in self._seen.values()]
+        if _are_of_one_view(attends, self._generation):
+            return max(ADOPT_S, self._lease_s)
+        trains = any(attend.phase == "training" for attend in attends)
         return self._lease_s if trains or not self._remembers else min(RETURN_S, self._lease_s)
+
+
+def _are_of_one_view(attends: Sequence[Attend], generation: int) -> bool:
+    """Whether all of these train in this generation, as members of one group."""
+    ranks = {attend.rank for attend in attends}
+    groups = {(attend.phase, attend.generation, attend.world_size) for attend in attends}
+    return len(ranks) == len(attends) and [each[:2] for each in groups] == [("training", generation)]
 
 
 def _member_of(attend: Attend, since: int) -> Member:

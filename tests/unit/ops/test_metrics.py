@@ -126,7 +126,16 @@ def test_the_reasons_that_are_counted_are_those_that_the_decoder_gives() -> None
 def test_every_reason_to_refuse_a_request_exists_at_zero() -> None:
     registry = CollectorRegistry()
     ParamserverMetrics(registry)
-    for reason in (*INVALID_REASONS, "relay", "role", "stale", "config", "not_leader", "internal"):
+    for reason in (
+        *INVALID_REASONS,
+        "relay",
+        "role",
+        "stale",
+        "config",
+        "config_wait",
+        "not_leader",
+        "internal",
+    ):
         assert registry.get_sample_value("impala_paramserver_refused_requests_total", {"reason": reason}) == 0
 
 

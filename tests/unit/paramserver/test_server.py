@@ -370,6 +370,15 @@ def test_a_learner_with_another_configuration_is_refused_and_told_why_and_counte
     assert node.attend(attend("learner-1")).members == ()
 
 
+def test_it_may_not_take_their_place_until_this_server_holds_what_they_have(node: Node) -> None:
+    node.attend(attend("learner-0", version=7))
+    newcomer = attend("learner-1", config="other")
+    assert only(Refusal, node.ask(b"learner-1", newcomer)).reason == "config_wait"
+    node.publish(publish(7))
+    node.pass_time(REFUSAL_INTERVAL_S)
+    assert only(Refusal, node.ask(b"learner-1", newcomer)).reason == "config"
+
+
 def test_a_learner_is_told_the_view_at_once_with_what_the_server_holds_and_how_many_actors_there_are(
     node: Node,
 ) -> None:

@@ -9,6 +9,7 @@ from services.paramserver.absent import AWAY_S, Absent
 from services.paramserver.clock import LONGEST_TURN_S
 from services.paramserver.quarantine import FAILURES_ALONE, FIRST_WAIT_S, LONGEST_WAIT_S, PROVEN_S
 from services.paramserver.views import (
+    ADOPT_S,
     GATHER_S,
     LARGEST_LEAP,
     LATE_S,
@@ -30,10 +31,15 @@ class Room:
     """Views with a clock, and learners that go on saying what they said last."""
 
     def __init__(
-        self, *, generation: int = NO_GENERATION, min_learners: int = 1, remembers: bool = True
+        self,
+        *,
+        generation: int = NO_GENERATION,
+        min_learners: int = 1,
+        remembers: bool = True,
+        lease_s: float = LEASE_S,
     ) -> None:
         self.views = Views(
-            generation=generation, lease_s=LEASE_S, min_learners=min_learners, remembers=remembers
+            generation=generation, lease_s=lease_s, min_learners=min_learners, remembers=remembers
         )
         self.now_s = 100.0
         self._says: dict[str, Attend] = {}
@@ -1006,6 +1012,37 @@ def test_a_server_without_a_memory_does_not_take_the_first_who_comes_for_a_new_r
     assert room.views.holder == 0
 
 
+def test_a_server_is_about_to_be_given_more_until_those_who_train_have_published_to_it() -> None:
+    room = Room(remembers=False)
+    observed = [room.views.is_about_to_be_given_more]
+    room.say(stands("learner-1"))  # with nothing
+    observed.append(room.views.is_about_to_be_given_more)
+    room.say(stands("learner-0", 19, version=10_749))
+    observed.append(room.views.is_about_to_be_given_more)  # while it is collecting
+    room.pass_time(LEASE_S)
+    assert room.view == (20, ["learner-0", "learner-1"])
+    for rank in (0, 1):
+        room.say(replace(trains(f"learner-{rank}", 20, rank, 2), version=10_749))
+    observed.append(room.views.is_about_to_be_given_more)
+    room.views.held_version = 10_748
+    observed.append(room.views.is_about_to_be_given_more)
+    room.views.held_version = 10_749
+    observed.append(room.views.is_about_to_be_given_more)
+    assert observed == [False, False, True, True, True, False]
+
+
+def test_learners_that_are_too_few_to_train_are_not_about_to_give_it_anything() -> None:
+    room = Room(min_learners=2)
+    room.say(stands("learner-0", 19, version=10_749))
+    observed = [room.views.is_about_to_be_given_more]
+    room.say(stands("learner-1", 19, version=10_749))
+    observed.append(room.views.is_about_to_be_given_more)
+    room.silence("learner-0", "learner-1")
+    room.pass_time(LEASE_S)
+    observed.append(room.views.is_about_to_be_given_more)
+    assert observed == [False, True, False]
+
+
 def test_where_nobody_comes_back_to_a_server_without_a_memory_a_run_begins_after_a_short_wait() -> None:
     room = Room(remembers=False)
     room.say(stands("learner-0"), stands("learner-1"))
@@ -1180,16 +1217,40 @@ def test_a_newcomer_waits_until_the_view_has_been_taken_over_and_joins_it() -> N
     assert room.view == (7, [])
 
 
-def test_if_not_all_ranks_come_back_in_the_lease_the_others_gather_above_all_numbers_heard_of() -> None:
-    room = Room(generation=5)
+@pytest.mark.parametrize("lease_s", [LEASE_S, 2 * ADOPT_S])
+def test_if_not_all_ranks_come_back_in_time_the_others_gather_above_all_numbers_heard_of(
+    lease_s: float,
+) -> None:
+    room = Room(generation=5, lease_s=lease_s)
     room.say(trains("learner-0", 7, 0, 2, since=3))
-    room.pass_time(LEASE_S - INSTANT_S)
+    room.pass_time(max(ADOPT_S, lease_s) - INSTANT_S)
     assert room.view == (NO_GENERATION, [])
     room.pass_time(INSTANT_S)
     assert room.view == (7, [])
     room.say(stands("learner-0", 7))
     assert room.view == (8, ["learner-0"])
     assert since(room) == {"learner-0": 3}
+
+
+def test_who_trains_is_not_stopped_because_others_of_its_group_need_longer_to_find_the_server() -> None:
+    room = Room(generation=7)
+    room.say(trains("learner-0", 7, 0, 3))
+    room.pass_time(LEASE_S)
+    room.say(trains("learner-1", 7, 1, 3))
+    room.pass_time(LEASE_S)
+    room.say(trains("learner-2", 7, 2, 3))
+    assert room.view == (7, ["learner-0", "learner-1", "learner-2"])
+
+
+def test_nobody_waits_so_long_for_a_group_that_has_broken() -> None:
+    room = Room(generation=7)
+    room.say(trains("learner-0", 7, 0, 3))
+    room.pass_time(RETURN_S)
+    room.say(stands("learner-1", 7))
+    room.pass_time(LEASE_S - RETURN_S - INSTANT_S)
+    assert room.view == (NO_GENERATION, [])
+    room.pass_time(INSTANT_S)
+    assert room.view == (7, [])
 
 
 def test_if_nobody_trains_it_waits_only_until_everybody_could_have_come_back() -> None:
