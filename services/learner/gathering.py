@@ -177,12 +177,12 @@ class Gathering:
         if self._has_trained:
             self._metrics.regroups.labels(self._reason(members, lost)).inc()
         self._members, self._has_trained = members, True
-        self._metrics.world_size.set(group.world_size)
         self._metrics.generation.set(group.generation)
         self._metrics.leads.set(group.is_leader)
         self._metrics.holds_state.set(group.rank == view.holder)
         self._metrics.policy_version.set(self._trainer.version)
         self._metrics.steps.set(self._trainer.steps)
+        self._metrics.world_size.set(group.world_size)  # last, and collected first: who sees it sees the rest
         _log.info(
             "group_formed",
             generation=group.generation,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
 from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.cluster.kube import Namespace, kubectl, run
+from tests.cluster.kube import KubectlError, Namespace, kubectl, run
 from tests.cluster.release import Release
 from tests.conftest import find_tool
 
@@ -57,7 +58,11 @@ def pytest_runtest_makereport(
     report = yield
     namespace = item.funcargs.get("namespace")
     if report.failed and isinstance(namespace, Namespace):
-        report.sections.append((f"namespace {namespace.name}", namespace.diagnosis()))
+        try:
+            found = namespace.diagnosis()
+        except (KubectlError, subprocess.TimeoutExpired) as error:
+            found = f"no diagnosis: {error}"
+        report.sections.append((f"namespace {namespace.name}", found))
     return report
 
 
@@ -78,7 +83,7 @@ def namespace() -> Iterator[Namespace]:
     yield namespace
     for name in run(["helm", "list", "--short", "--namespace", namespace.name]).stdout.split():
         run(["helm", "uninstall", name, "--namespace", namespace.name])
-    kubectl("delete", "namespace", namespace.name, "--timeout=240s", timeout_s=270)
+    kubectl("delete", "namespace", namespace.name, "--wait=false")
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ Everything has a deadline. Metrics come through the API server's proxy and code 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -27,8 +28,19 @@ MAX_LOGS = 6
 METRICS_PORT = 9400
 TERMINATE = """
 until grep -Eq '^SigCgt.*[4-7c-f].{3}$' /proc/1/status; do sleep 0.05; done  # the kernel spares process 1
-date +%s && kill -TERM 1
+echo $(($(date +%s) + 1))
+sleep 1  # in which the word arrives: a container that ends takes its shells with it
+kill -TERM 1
 """
+REPEATABLE = {"get", "logs", "rollout", "scale"}
+"""Commands that may be given again by somebody who does not know whether the first one arrived."""
+TRIES = 3
+BUSY = re.compile(
+    "Unable to connect|TLS handshake|connection refused|connection reset|i/o timeout|request timed out"
+    "|unexpected EOF|etcdserver|ServiceUnavailable|TooManyRequests",
+    re.IGNORECASE,
+)
+"""What kubectl and helm say where the API server has not answered."""
 
 
 class KubectlError(AssertionError):
@@ -85,7 +97,7 @@ class End:
 
 
 def run(
-    command: Iterable[str], stdin: str | None = None, timeout_s: float = COMMAND_S
+    command: Sequence[str], stdin: str | None = None, timeout_s: float = COMMAND_S
 ) -> subprocess.CompletedProcess[str]:
     """A program's end, whatever its exit code."""
     return subprocess.run(
@@ -93,11 +105,24 @@ def run(
     )
 
 
+def insist(
+    command: Sequence[str], stdin: str | None = None, timeout_s: float = COMMAND_S
+) -> subprocess.CompletedProcess[str]:
+    """The same, and again where the API server was too busy to answer."""
+    for _ in range(TRIES - 1):
+        ended = run(command, stdin, timeout_s)
+        if ended.returncode == 0 or not BUSY.search(ended.stderr):
+            return ended
+        threading.Event().wait(1.0)
+    return run(command, stdin, timeout_s)
+
+
 def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = COMMAND_S) -> str:
     """What kubectl prints; KubectlError if it fails or takes too long."""
     command = f"kubectl {' '.join(arguments)}"
+    give = insist if REPEATABLE.intersection(arguments[:3]) else run  # after --namespace and its name
     try:
-        ended = run(["kubectl", *arguments], stdin, timeout_s)
+        ended = give(["kubectl", *arguments], stdin, timeout_s)
     except subprocess.TimeoutExpired:
         raise KubectlError(f"{command}: not within {timeout_s:g} s") from None
     if ended.returncode != 0:
@@ -140,8 +165,9 @@ class Namespace:
 
     def terminate(self, pod: Pod, timeout_s: float = COMMAND_S) -> End:
         """SIGTERM, as the kubelet sends it; but of a deleted pod, nobody could read later how it ended."""
-        asked = run(["kubectl", "--namespace", self.name, "exec", pod.name, "--", "sh", "-c", TERMINATE])
-        asked_s = int(asked.stdout)  # kubectl itself may fail, because the container ends before the shell
+        ask = ["kubectl", "--namespace", self.name, "exec", pod.name, "--", "sh", "-c", TERMINATE]
+        # kubectl itself may fail, because the container ends before the shell.
+        asked_s = int(self.until(lambda: run(ask).stdout, f"{pod.name} is asked to end", ANSWER_S))
 
         def end() -> End | None:
             manifest = json.loads(self.kubectl("get", "pod", pod.name, "--output=json"))

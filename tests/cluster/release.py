@@ -11,15 +11,20 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.cluster.kube import KubectlError, Namespace, Pod, run
+from tests.cluster.kube import KubectlError, Namespace, Pod, insist, run
 
 CHART = Path(__file__).parents[2] / "helm"
 HELM_S = 120.0
+HELM_TEST_S = 280.0
+"""Two pods, one after the other, and one of them imports torch beside all others."""
 READY_S = 180.0
 """A few cores import torch a dozen times, and that takes a while."""
 GONE_S = 240.0
 ROLLOUT_S = 300
 """Of a whole StatefulSet, one pod after the other."""
+
+RATE_S = 2.0
+"""Over less, a rate of steps says more of the time between two answers than of training."""
 
 DEFAULTS: tuple[str, ...] = ()
 
@@ -57,7 +62,7 @@ class Release:
         sets = [word for setting in settings for word in ("--set", setting)]
         file = [] if values is None else ["--values", "-"]
         words = ["helm", command, "--namespace", self.namespace.name, self.name, str(CHART)]
-        ended = run([*words, *flags, *sets, *file], values, HELM_S)
+        ended = insist([*words, *flags, *sets, *file], values, HELM_S)
         assert ended.returncode == 0, f"helm {command} {' '.join(sets)}: {ended.stderr}"
 
     def uninstall(self) -> None:
@@ -183,28 +188,34 @@ class Progress:
 
     def longest_pause_s(self) -> float:
         """From one record of steps until the next was seen: at most a look more than training stood still."""
-        return max(later - earlier for earlier, later in itertools.pairwise(self._records()))
+        return max(later - earlier for (earlier, _), (later, _) in itertools.pairwise(self._records()))
 
     def longest_standstill_s(self) -> float:
-        """From one record of steps until the last look that saw no other: at most a look too short.
+        """From one record of steps until the next was seen, but for the time that those steps took at least.
 
-        The longer figure counts that look as standstill, which takes seconds where a dozen pods begin on two
-        cores. A look that nobody answers has seen nothing new.
+        Where a dozen pods begin on two cores an answer may be seconds late, or not come, while training goes
+        on: then the next one has as many more steps to tell of. Who stands still has none.
         """
+        rates = [
+            (steps - former) / (later_s - earlier_s)
+            for (earlier_s, former), (later_s, steps) in itertools.combinations(self.samples, 2)
+            if later_s - earlier_s >= RATE_S
+        ]
+        fastest = max(rates, default=0.0)
         return max(
-            max(look for look in self.looks if earlier <= look < later) - earlier
-            for earlier, later in itertools.pairwise(self._records())
+            later_s - earlier_s - (0.0 if fastest <= 0 else (steps - former) / fastest)
+            for (earlier_s, former), (later_s, steps) in itertools.pairwise(self._records())
         )
 
-    def _records(self) -> list[float]:
-        """When each record was seen first, and a time after the last look."""
+    def _records(self) -> list[tuple[float, float]]:
+        """Each record of steps and when it was seen first, and at last that there was no other."""
         best = -math.inf
-        times = []
+        records = []
         for time_s, steps in self.samples:
             if steps > best:
                 best = steps
-                times.append(time_s)
-        return [*times, math.nextafter(self.looks[-1], math.inf)]
+                records.append((time_s, steps))
+        return [*records, (self.looks[-1], best)]
 
     def deepest_fall(self) -> float:
         """Steps that were lost, at most, against the record until then."""

@@ -23,6 +23,7 @@ def release(namespace: Namespace) -> Iterator[Release]:
     release.install(f"actors={ACTORS}", f"config.total_steps={TOTAL_STEPS}")
     yield release
     release.uninstall()
+    release.await_gone()
 
 
 def wait(release: Release, timeout_s: float = WAIT_S) -> int:

@@ -35,6 +35,7 @@ def release(namespace: Namespace) -> Iterator[Release]:
     release = Release(namespace, "impala-large")
     yield release
     release.uninstall()
+    release.await_gone()
 
 
 def test_all_actors_of_a_large_release_are_scheduled_and_run(release: Release, figures: Figures) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from tests.cluster.conftest import Figures
 from tests.cluster.kube import Namespace
-from tests.cluster.release import CATCH_RETURN, MEMORY, READY_S, STEPS, UPDATES, Release
+from tests.cluster.release import CATCH_RETURN, HELM_TEST_S, MEMORY, READY_S, STEPS, UPDATES, Release
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 ACTORS = 8
 SOLVED = 0.9
@@ -40,6 +40,7 @@ def installed(namespace: Namespace) -> Iterator[Installed]:
     release.install(f"actors={ACTORS}")
     yield Installed(release, began_s)
     release.uninstall()
+    release.await_gone()
 
 
 def test_every_pod_becomes_ready_and_training_begins(installed: Installed, figures: Figures) -> None:
@@ -74,7 +75,7 @@ def test_catch_is_solved(installed: Installed, figures: Figures) -> None:
 
 
 def test_helm_test_passes(installed: Installed) -> None:
-    output = installed.release.helm("test", "--logs")
+    output = installed.release.helm("test", "--logs", timeout_s=HELM_TEST_S)
 
     assert output.count("Phase:          Succeeded") >= 2, output
 

@@ -31,6 +31,7 @@ def release(namespace: Namespace) -> Iterator[Release]:
     release.await_ready(actor=1, evaluator=1)
     yield release
     release.uninstall()
+    release.await_gone()
 
 
 def test_a_release_with_a_key_pair_for_each_role_trains(release: Release) -> None:

@@ -27,6 +27,7 @@ def relayed(namespace: Namespace) -> Iterator[Release]:
     release.await_ready(actor=ACTORS, relay=1, evaluator=1)
     yield release
     release.uninstall()
+    release.await_gone()
 
 
 def test_actors_get_their_weights_from_a_relay_and_their_seats_through_it(relayed: Release) -> None:

@@ -32,6 +32,7 @@ def attempt_all(release: Release, attempts: list[dict[str, str]]) -> dict[str, s
     container = {
         "name": "strangers",
         "image": release.pod("actor").image,
+        "resources": {"requests": {"cpu": "100m"}},
         "command": [
             "python",
             "-c",

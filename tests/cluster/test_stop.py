@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.conftest import ACTORS, Figures
 from tests.cluster.kube import End, Pod
-from tests.cluster.release import Release
+from tests.cluster.release import READY_S, Release
 
 pytestmark = pytest.mark.cluster
 
@@ -37,11 +37,14 @@ def new_actor(release: Release) -> Pod:
         fresh = [pod for pod in release.pods("actor") if pod.uid not in known and pod.is_running]
         return fresh[0] if fresh else None
 
-    return release.namespace.until(running, "a new actor runs", 60)
+    return release.namespace.until(running, "a new actor runs", READY_S)
 
 
-def test_an_actor_that_has_just_begun_ends_as_soon(release: Release) -> None:
-    expect_a_clean(release.namespace.terminate(new_actor(release)))
+def test_an_actor_that_has_just_begun_ends_as_soon(release: Release, figures: Figures) -> None:
+    end = release.namespace.terminate(new_actor(release))
+
+    figures.note("an actor that has just begun: from SIGTERM to the end", f"{end.seconds:.0f} s")
+    expect_a_clean(end)
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_an_actor_that_waits_for_its_first_weights_ends_as_soon(release: Release
     release.namespace.until(
         lambda: release.namespace.metrics(actor.name).get("impala_actor_weights_version") == -1,
         "an actor without weights",
-        60,
+        READY_S,
     )
 
     expect_a_clean(release.namespace.terminate(actor))
