@@ -49,6 +49,8 @@ class Own:
     learner: str | None = "learner"
     """Or one of ``stand_in.KINDS`` in its place, or nobody."""
     relays: int = 0
+    actors: int = 1
+    """From the beginning allowed to be so many unrolls behind; more are believed once they are seated."""
 
 
 @contextlib.contextmanager
@@ -63,6 +65,7 @@ def own_pods(own: Own) -> Iterator[Pods]:
         metrics = {name: f"127.0.0.1:{next(ports)}" for name in names}
         flags = ["--env", own.env, "--run_id", "fleet", "--run_dir", str(directory / "run")]
         flags += ["--parent-pid", str(os.getpid()), "--ops.host", "127.0.0.1"]
+        flags += ["--actors", str(own.actors)]
         flags += ["--wire.keys", str(own.keys)] if own.keys else []
         flags += ["--wire.paramserver_endpoint", endpoints["paramserver"]]
         for name in names:

@@ -28,7 +28,13 @@ class Prometheus:
 
     def get(self, path: str, **parameters: str) -> Any:
         """``data`` of an answer of its API."""
-        status, body = get(self._port, f"/api/v1/{path}?{urllib.parse.urlencode(parameters)}")
+        asked = f"/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+
+        def answer() -> tuple[int, str] | None:
+            found = get(self._port, asked)
+            return found if found[0] else None
+
+        status, body = until(answer, "Prometheus answers", START_S)
         assert status == 200, f"{path} {parameters}: {status} {body}"
         return json.loads(body)["data"]
 

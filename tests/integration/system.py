@@ -22,6 +22,9 @@ REPOSITORY = Path(__file__).parents[2]
 START_S = 90.0
 """Until a pod must be up: importing torch takes seconds, and much longer where all cores are busy."""
 
+ANSWER_S = 10.0
+"""Later than that, a pod does not answer."""
+
 QUICK = ("--network.hidden_size", "32", "--learner.log_interval_s", "0.5")
 CATCH = ("--env", "catch", *QUICK)
 STEPS_PER_UPDATE = 640
@@ -36,7 +39,7 @@ def environment() -> dict[str, str]:
 def get(port: int, path: str) -> tuple[int, str]:
     """(status, body) of a pod's HTTP endpoint; (0, "") while it does not answer."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=ANSWER_S) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:

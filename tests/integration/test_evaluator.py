@@ -138,7 +138,7 @@ def test_an_evaluator_plays_the_last_weights_of_a_run_without_waiting(
     until(
         lambda: any(field(line, "policy_version") == "200" for line in evaluator.lines("round")),
         "a round with the last version",
-        START_S,
+        2 * START_S,
     )
     last = reported(tmp_path / "run")[-1]
     assert (last["version"], last["steps"]) == (200, 200 * STEPS_PER_UPDATE)

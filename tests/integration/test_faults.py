@@ -40,9 +40,12 @@ FORGETFUL = (
     *("--paramserver.learner_lease_s", str(LEARNER_LEASE_S)),
 )
 """Leases that a test can wait for the end of, and that seven processes on two cores do not miss."""
+PATIENT = ("--paramserver.seat_lease_s", "30", "--paramserver.learner_lease_s", "30")
+"""Where no lease may end. One that a jump of the clock ends, ends at once, however long it is."""
 SEATS = "impala_paramserver_seats"
 STOP_S = 10.0
 DAY_S = 86_400.0
+WATCHED_S = 12.0
 MAX_GROWTH_BYTES = 32 << 20
 """What any process may come to need in a while; much less than all that a reader does not read."""
 
@@ -197,8 +200,9 @@ def test_a_learner_whose_peer_is_frozen_goes_on_alone_and_stops_in_time_when_it_
     system.train()
     with frozen(peer):
         learner.terminate()  # in the middle of a sum that the other one will not finish
-        assert learner.exit_code(STOP_S) == 0, learner.log()
+        assert learner.exit_code(1.5 * STOP_S) == 0, learner.log()
     assert learner.lines("checkpoint_written")
+    assert not learner.lines("cannot_leave")
     system.start("learner-0")
     system.learners(2)
     system.train()
@@ -313,8 +317,13 @@ def test_a_learner_that_attends_and_never_reads_does_not_stop_those_who_do(syste
         config=fingerprint(configuration.load(flags=SHARED), "cpu"),
     )
     with connect_zmtp(system.paramserver_port, b"DEALER") as deaf:
-        deaf.sendall(zmtp_message(standing))
-        until(lambda: system.pods["learner-0"].lines("group_failed"), "a group without it failed", START_S)
+
+        def failed() -> list[str]:
+            deaf.sendall(zmtp_message(standing))  # again, or it is forgotten before learner-0 stands
+            time.sleep(0.2)
+            return system.pods["learner-0"].lines("group_failed")
+
+        until(failed, "a group without it failed", START_S)
         system.learners(1)
         system.train()
     assert system.pods["learner-0"].alive
@@ -332,7 +341,7 @@ def day_of_last_line(pod: Pod) -> datetime:
 def test_a_clock_that_jumps_by_a_day_costs_nobody_a_seat_or_a_step(system: System, tmp_path: Path) -> None:
     clock = Clock(tmp_path / "clock")
     for name in ("paramserver", "learner-0", "learner-1", "actor-0", "actor-1"):
-        system.start(name, "--checkpoint.interval_s", "0.5", clock=clock)
+        system.start(name, "--checkpoint.interval_s", "0.5", *PATIENT, clock=clock)
     system.learners(2)
     system.seats(2)
     system.train()
@@ -345,8 +354,8 @@ def test_a_clock_that_jumps_by_a_day_costs_nobody_a_seat_or_a_step(system: Syste
         clock.set(shift_s)
         version = server.value("paramserver_version")
         saved = len(learner.lines("checkpoint_written"))
-        until_s = time.monotonic() + max(SEAT_LEASE_S, LEARNER_LEASE_S) + 4.0
-        while time.monotonic() < until_s:  # a lease that the wall clock ended would be over by now
+        until_s = time.monotonic() + WATCHED_S
+        while time.monotonic() < until_s:
             system.train(updates=1)
             seats = scrape(server.port).get(SEATS, 2.0)  # a look that is not answered is no lost seat
             lost_seats += [seats] if seats != 2 else []

@@ -24,8 +24,8 @@ GOODBYES_S = 15.0
 
 
 def test_32_clients_with_keys_are_served_and_nothing_is_refused(tmp_path: Path) -> None:
-    load = Load(clients=NUM_CLIENTS, seconds=3.0)
-    with own_pods(Own(env="catch", keys=make_keys(tmp_path / "keys"))) as pods:
+    load = Load(clients=NUM_CLIENTS, seconds=6.0)
+    with own_pods(Own(env="catch", keys=make_keys(tmp_path / "keys"), actors=NUM_CLIENTS)) as pods:
         measured = run(load, pods, record(load))
         figures = measured.figures
         until(lambda: _seats(pods) == 0, "all have said goodbye", GOODBYES_S)

@@ -494,7 +494,8 @@ def test_after_kill_9_actors_keep_their_seats_and_late_joiners_get_the_snapshot(
 def test_after_kill_9_learners_train_on_in_the_same_view_and_the_next_one_counts_above_it(
     start: Start, actors: Make, learner: MakeLearner
 ) -> None:
-    first = start(*QUICK).started()
+    patient = (*QUICK, "--paramserver.learner_lease_s", "60")
+    first = start(*patient).started()
     endpoint = first.endpoint
     learners = [learner(endpoint, f"learner-{number}") for number in (0, 1)]
     generation = gather(*learners)
@@ -510,7 +511,7 @@ def test_after_kill_9_learners_train_on_in_the_same_view_and_the_next_one_counts
     eventually(lambda: (found := read(on_disk, RUN, LIMIT)).generation == generation and found.version == 3)
     assert first.end(signal.SIGKILL) == -signal.SIGKILL
 
-    second = start(*QUICK, bind=endpoint).started()
+    second = start(*patient, bind=endpoint).started()
     late = newcomer.ask_and_hear()  # before any learner is back
     assert (late.version, late.payload, late.generation) == (3, payload, NO_GENERATION)
     for one in learners:
@@ -544,7 +545,7 @@ def test_after_the_end_of_all_learners_and_the_server_no_generation_is_given_twi
 
 
 def test_a_frozen_server_ends_nobodys_membership(start: Start, learner: MakeLearner) -> None:
-    lease_s = 4.0
+    lease_s = 8.0
     server = start(*QUICK, "--paramserver.learner_lease_s", str(lease_s)).started()
     learners = [learner(server.endpoint, f"learner-{number}") for number in (0, 1)]
     generation = gather(*learners)
@@ -644,8 +645,8 @@ def test_garbage_of_all_kinds_is_counted_and_the_server_goes_on(start: Start, ac
     actor.ask_and_hear()
     actor.ask_and_hear()
     assert actor.version >= 1
-    refused = server.count("refused_requests_total")
-    assert 500 < refused <= 1000
+    eventually(lambda: server.count("refused_requests_total") > 500)
+    assert server.count("refused_requests_total") <= 1000
     assert server.count("refused_requests_total", reason="internal") == 0
     assert server.get("/healthz")[0] == 200
     for client in clients:

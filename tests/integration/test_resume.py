@@ -119,7 +119,8 @@ def test_two_learners_that_are_interrupted_continue_from_the_very_step_where_the
     steps, version = stopped.trainer["steps"], stopped.trainer["version"]
     assert not list((first.run_dir / "checkpoints").glob("*.tmp"))
 
-    restored = start_run("--total_steps", str(steps), resume=True)
+    together = ("--learner.min_learners", "2")
+    restored = start_run("--total_steps", str(steps), *together, resume=True)
     assert restored.exit_code(2 * STOP_S) == 0, restored.log()
     for learner in LEARNERS:
         assert continued_from(restored, learner) == (steps, version, str(stopped.path))
@@ -130,7 +131,7 @@ def test_two_learners_that_are_interrupted_continue_from_the_very_step_where_the
 
     # From there on both train together, none of them alone, and stay the same.
     longer = steps + MORE_UPDATES * len(LEARNERS) * STEPS_PER_UPDATE
-    resumed = start_run("--total_steps", str(longer), "--learner.min_learners", "2", resume=True)
+    resumed = start_run("--total_steps", str(longer), *together, resume=True)
     assert resumed.exit_code(120) == 0, resumed.log()
     for learner in LEARNERS:
         assert continued_from(resumed, learner) == (steps, version, str(stopped.path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def assert_ratio(run: Run, first: int) -> None:
     assert least - REPLAYED * T <= found <= most + REPLAYED * T
 
 
+def await_more_than_the_disk_holds(run: Run) -> None:
+    """Until the server has newer weights than a checkpoint that is just written: the next is seconds away."""
+    old = run.checkpoints()[-1:]
+    (path,) = until(lambda: new if (new := run.checkpoints()[-1:]) != old else None, "a checkpoint", START_S)
+    version = (int(path.stem.removeprefix("step-")) - FIRST) // (FRESH * T) + 1
+    until(lambda: (run.value("paramserver", "paramserver_version") or 0) > version, "newer weights", START_S)
+
+
 def test_a_run_of_everything_at_once_trains_survives_its_learner_and_resumes(start_run: StartRun) -> None:
     run = start_run(*VARIANT, "--total_steps", str(TOTAL_STEPS), "--checkpoint.interval_s", "2")
     run.train_until(2 * CAPACITY)
@@ -106,9 +115,12 @@ def test_a_run_of_everything_at_once_trains_survives_its_learner_and_resumes(sta
     assert seen['impala_learner_rollouts_total{result="invalid"}'] == 0
 
     # Without a warning: what the disk held comes back, and nothing of what the parameter server held is lost.
+    await_more_than_the_disk_holds(run)
+    groups = len(run.pod_events("learner-0", "group_formed"))
     run.kill("learner-0")
     held = until(lambda: run.value("paramserver", "paramserver_version"), "the parameter server answers")
-    started = until(lambda: run.pod_events("learner-0", "group_formed")[1:], "it trains again", START_S)[0]
+    formed = partial(run.pod_events, "learner-0", "group_formed")
+    started = until(lambda: formed()[groups:], "it trains again", START_S)[0]
     assert run.pod_events("learner-0", "newer_weights")
     version, steps = int(field(started, "policy_version")), int(field(started, "steps"))
     assert version >= held > CAPACITY / (FRESH * T)

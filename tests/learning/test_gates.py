@@ -81,6 +81,7 @@ def test_cartpole_is_learned_with_the_defaults(tmp_path: Path, show: Show) -> No
         flags=["--env", "CartPole-v1", "--seed", "1"],
         target=400.0,
         max_steps=4_000_000,
+        timeout_s=ALL_STEPS_S,
     )
     pass_gate(gate, tmp_path, show)
 
