@@ -95,8 +95,8 @@ class Scene:
         self.took_s = time.perf_counter() - started_s
 
     def is_blocked(self) -> bool:
-        """For three quarters of a second by now."""
-        return self.sender.misses >= 3
+        """For two seconds by now."""
+        return self.sender.misses >= 8
 
     def stop(self) -> None:
         self.stopping.set()
@@ -133,13 +133,19 @@ def test_an_actor_whose_learners_read_nothing_has_no_more_under_way_than_the_lag
     assert sent <= 2 * num_learners * WIRE.rollouts_per_connection
     played = steps / 20
     assert played - sent <= 2 * NUM_ENVS, "one unroll is played and one waits"
-    until(lambda: scene.sender.misses >= 5, "it is still blocked", DEADLINE_S)
+    until(lambda: scene.sender.misses >= 10, "it is still blocked", DEADLINE_S)
     assert (scene.count("rollouts_sent"), scene.count("env_steps")) == (sent, steps)
     scene.stop()
     received = [0 for _ in scene.receivers]
-    for number, receiver in enumerate(scene.receivers):
-        while receiver.receive(0.5) is not None:
-            received[number] += 1
+
+    def has_come() -> bool:
+        for number, receiver in enumerate(scene.receivers):
+            while receiver.receive(0.01) is not None:
+                received[number] += 1
+        return sum(received) >= sent
+
+    until(has_come, "all that was sent", DEADLINE_S)
+    assert [receiver.receive(0.2) for receiver in scene.receivers] == [None] * num_learners
     assert sum(received) == sent
     assert min(received) >= WIRE.send_queue + WIRE.receive_queue
 
@@ -166,6 +172,6 @@ def test_all_of_an_actors_time_is_told_while_it_plays_and_while_it_waits(scene: 
     scene.stop()
     seconds = {stage: scene.count("seconds", stage=stage) for stage in ActorMetrics.STAGES}
     assert 0.98 * scene.took_s <= sum(seconds.values()) <= time.perf_counter() - scene.made_s
-    assert seconds["send_blocked"] >= 0.75
+    assert seconds["send_blocked"] >= 1.9
     assert min(seconds[stage] for stage in ("env", "inference", "pack")) > 0
     assert seconds["idle"] == seconds["start"] == 0

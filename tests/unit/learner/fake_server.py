@@ -45,15 +45,17 @@ class FakeServer:
         return message
 
     def next_or_none(self, timeout_s: float) -> Message | None:
-        """The next request, if there is one in time."""
+        """The next request, if there is one in time, or by the first look after that."""
         assert self._replier is not None
         deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
-            received = self._replier.receive(max(0.0, deadline_s - time.monotonic()))
+        while True:
+            left_s = deadline_s - time.monotonic()
+            received = self._replier.receive(max(0.0, left_s))
             if received is not None:
                 self._peer, frames, _ = received
                 return decode([bytes(frame) for frame in frames], EXPECTED)
-        return None
+            if left_s <= 0.0:
+                return None
 
     @property
     def peer(self) -> bytes:
@@ -66,5 +68,12 @@ class FakeServer:
 
     def answer_frames(self, frames: list[Buffer]) -> None:
         """Answer the last request with whatever a test has in mind."""
+        assert self._send(frames), "who asked is gone"
+
+    def answer_if_there(self, message: Message) -> bool:
+        """Answer the last request; False if who asked has lost patience and is gone."""
+        return self._send(encode(message))
+
+    def _send(self, frames: list[Buffer]) -> bool:
         assert self._replier is not None
-        assert self._replier.send(self._peer, frames)
+        return self._replier.send(self._peer, frames)

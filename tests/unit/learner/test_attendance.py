@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -65,6 +65,16 @@ class Scene:
             self.server.answer(answer)
             if saying in (None, attend.phase):
                 return attend
+
+    def hear_until(self, answer: View | Refusal, heard: Callable[[], bool]) -> None:
+        """Answer all requests until ``heard()``; who has lost patience meanwhile asks again."""
+
+        def hear() -> bool:
+            if self.server.next_or_none(0.05) is not None:
+                self.server.answer_if_there(answer)
+            return heard()
+
+        until(hear)
 
     def stop(self) -> None:
         leaving = threading.Thread(target=self.attendance.leave, args=(8,))
@@ -220,28 +230,33 @@ def test_a_refusal_is_trouble_in_the_servers_own_words_until_it_relents(
 ) -> None:
     monkeypatch.setattr(attendance_module, "ANSWER_S", 0.2)
     scene.stand()
-    scene.hear(Refusal(reason="run", text="this is run 'other'"))
-    until(lambda: "this is run 'other'" in (scene.attendance.trouble or ""))
-    scene.hear(view(4, OTHER, SELF))
-    until(lambda: scene.attendance.trouble is None)
+    scene.hear_until(
+        Refusal(reason="run", text="this is run 'other'"),
+        lambda: "this is run 'other'" in (scene.attendance.trouble or ""),
+    )
+    scene.hear_until(view(4, OTHER, SELF), lambda: scene.attendance.trouble is None)
 
 
+@pytest.mark.parametrize(
+    "unready",
+    [
+        Refusal(reason="run", text="this is run 'other'"),
+        Refusal(reason="config_wait", text="not the one that the others train with"),
+    ],
+)
 def test_a_learner_with_another_configuration_knows_that_it_waits_for_the_others_to_go(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, unready: Refusal
 ) -> None:
     monkeypatch.setattr(attendance_module, "ANSWER_S", 0.05)
     scene.stand()
+    other_config = Refusal(reason="config", text="not the one that the others train with")
     assert not scene.attendance.differs
-    scene.hear(Refusal(reason="config", text="not the one that the others train with"))
-    until(lambda: scene.attendance.differs)
+    scene.hear_until(other_config, lambda: scene.attendance.differs)
     assert not_ready(scene.attendance, None, cast(Publisher, None)) is None, "an upgrade goes on"
-    scene.hear(Refusal(reason="run", text="this is run 'other'"))
-    until(lambda: not scene.attendance.differs)
+    scene.hear_until(unready, lambda: not scene.attendance.differs)
     assert not_ready(scene.attendance, None, cast(Publisher, None)) is not None
-    scene.hear(Refusal(reason="config", text="not the one that the others train with"))
-    until(lambda: scene.attendance.differs)
-    scene.hear(view(4, OTHER, SELF))
-    until(lambda: not scene.attendance.differs)
+    scene.hear_until(other_config, lambda: scene.attendance.differs)
+    scene.hear_until(view(4, OTHER, SELF), lambda: not scene.attendance.differs)
 
 
 # --- how many actors there are ---------------------------------------------------------------------

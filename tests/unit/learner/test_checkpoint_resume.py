@@ -29,6 +29,7 @@ from services.rl.actions import Discrete
 from services.rl.replay import ReplayMemory
 from services.wire.codec import Expected, Packer
 from services.wire.messages import Rollout
+from tests.unit.learner.disk import be_patient
 from tests.unit.learner.variants import ACTIONS, ALL, LSTM, VARIANTS, B, T, Variant
 from tests.unit.learner.waiting import until
 
@@ -38,8 +39,13 @@ OPTIMISERS = {
     "rmsprop_tf": ("--optimiser.name", "rmsprop_tf", "--optimiser.rmsprop_momentum", "0.9"),
     "adam": ("--optimiser.name", "adam"),
 }
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 SEED, ANOTHER_SEED = 5, 99
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(monkeypatch)
 
 
 def variant(name: str, *flags: str) -> Variant:
@@ -84,7 +90,8 @@ def save(trainer: Trainer, directory: Path) -> Checkpoint:
     assert writer.save(
         trainer=trainer.state_dict(), episodes={"mean_return": None}, config={}, complete=trainer.complete
     )
-    until(lambda: writer.saved_steps == trainer.steps)
+    until(lambda: not writer.busy, "it is written, and cleared up", DEADLINE_S)
+    assert writer.saved_steps == trainer.steps
     reader = CheckpointStore(directory, 3, LearnerMetrics(CollectorRegistry()), "learner-0")
     checkpoint = reader.latest(lambda checkpoint: None)
     assert checkpoint is not None
@@ -218,14 +225,14 @@ class Life:
     def train(self, updates: int, rollouts: Iterator[Rollout]) -> None:
         """Every batch has one fresh rollout, but for the first, for which nothing is held yet."""
         for _ in range(updates):
-            while len(self.queue) < (B if not self.trainer.version else 1):
-                self.queue.put(next(rollouts), DEADLINE_S)
+            for _ in range(1 if self.trainer.version else B):
+                assert self.queue.put(next(rollouts), DEADLINE_S)
             batch = self.batcher.next(DEADLINE_S)
             assert batch is not None
             self.drawn += batch.reward[:, 0].int().tolist()
             self.trainer.update(batch)
             batch.release()
-            until(lambda: self.log._writer is None, "the log is written")
+            until(lambda: self.log._writer is None, "the log is written", DEADLINE_S)
 
     def stop(self) -> None:
         self.stopping.set()

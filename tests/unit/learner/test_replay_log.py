@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from services.learner.replay_log import MAGIC, MAX_WAITING, SEGMENT_BYTES, ReplayLog
-from tests.unit.learner.disk import full_disk
+from tests.unit.learner.disk import be_patient, full_disk
 from tests.unit.learner.waiting import until
 
 CAPACITY = 320
@@ -58,7 +58,7 @@ class Scene:
                 self.settle()
 
     def settle(self) -> None:
-        until(lambda: self.log._writer is None, "all that waits is written")
+        until(lambda: self.log._writer is None, "all that waits is written", 60.0)
 
     def restored(self) -> list[int]:
         return numbers(ReplayLog(self.directory, self.capacity).restore().items)
@@ -66,6 +66,11 @@ class Scene:
     @property
     def segments(self) -> list[Path]:
         return sorted(self.directory.glob("*.replay"))
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(monkeypatch)
 
 
 @pytest.fixture
@@ -187,11 +192,14 @@ for number in range(begin, 1 << 30):
 def test_processes_that_are_killed_while_they_write_leave_whole_items_without_a_gap(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     end = 0
+
+    def newest() -> int:
+        return max((int(path.stem.split("-")[1]) for path in tmp_path.glob("*.replay")), default=-1)
+
     for _ in range(3):
-        fifth = tmp_path / f"segment-{end // 100 + 4:08d}-000100.replay"
         child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], cwd=root)
         try:
-            until(fifth.exists)
+            until(lambda: newest() >= end // 100 + 4, "its fifth segment", 60.0)  # noqa: B023
         finally:
             child.kill()
             child.wait()

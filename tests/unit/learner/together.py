@@ -24,8 +24,12 @@ def together(
     generation: int = 1,
     over: threading.Event | None = None,
 ) -> list[R]:
-    """What ``work`` returns in each of them, by rank. ``over`` ends the group."""
+    """What ``work`` returns in each of them, by rank. ``over`` ends the group.
+
+    Nobody begins before all are connected: one that is gone already would be missed at the meeting.
+    """
     store = Store(HOST)
+    connected = threading.Barrier(num_learners, timeout=120.0)
     is_over = (over or threading.Event()).is_set
 
     def learner(rank: int) -> R:
@@ -40,6 +44,7 @@ def together(
         )
         group = Group(rank=rank, world_size=num_learners, generation=generation, peers=peers)
         try:
+            connected.wait()
             return work(group)
         finally:
             group.leave()

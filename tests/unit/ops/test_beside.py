@@ -38,8 +38,13 @@ def test_what_is_built_comes_in_order_and_the_heart_beats_meanwhile() -> None:
 
 def test_a_stop_does_not_wait_for_what_is_still_being_built() -> None:
     lifecycle, never = Lifecycle(), threading.Event()
-    built = build_beside(lifecycle, CountingHeartbeat(lifecycle.stopping), [lambda: 1, never.wait])
-    assert built == [1]
+
+    def stop_and_build_on() -> int:
+        lifecycle.stopping.set()
+        never.wait()
+        return 2
+
+    assert build_beside(lifecycle, Heartbeat(), [lambda: 1, stop_and_build_on]) == [1]
     never.set()
 
 

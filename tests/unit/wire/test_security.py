@@ -468,6 +468,7 @@ def refused_as(server: Server, client: Requester, reason: Refused, trouble: str)
     """Nothing leaves the client, which knows why; the server counts that reason and no other one."""
     assert not client.send([b"x"], 0.3)
     until(lambda: not client.send([b"x"], 0.0) and trouble in (client.trouble or ""), trouble)
+    until(lambda: server.refused, "a refusal")  # the doorkeeper may be later than the client
     assert set(server.refused) == {reason}
     assert server.replier.receive(0.0) is None
 

@@ -43,13 +43,26 @@ class Learners:
     def follow(self, *receivers: RolloutReceiver, since: int = 1) -> None:
         self.sender.follow([to(receiver, since) for receiver in receivers])
 
-    def fill(self) -> int:
+    def with_room(self, patience_s: float) -> LearnerConnection | None:
+        """None if nobody has room, twice in a row: once may be a machine that stands still."""
+        return self.sender.choose(patience_s) or self.sender.choose(patience_s)
+
+    def fill(self, patience_s: float = 1.5) -> int:
         """Send until nobody has had room for a while; how many were taken."""
         count = 0
-        while (learner := self.sender.choose(0.5)) is not None:
+        while (learner := self.with_room(patience_s)) is not None:
             count += number(learner)
             assert count < 100, "nothing holds the sender back"
         return count
+
+    def sent_to(self, receiver: RolloutReceiver) -> int:
+        """How many rollouts, while it is followed."""
+        (sequence,) = (
+            connection.sequence
+            for connection in self.sender._connections
+            if connection.destination.endpoint == receiver.endpoint
+        )
+        return sequence
 
 
 def to(receiver: RolloutReceiver, since: int = 1) -> Destination:
@@ -67,11 +80,10 @@ def read(receiver: RolloutReceiver, timeout_s: float = DEADLINE_S) -> int | None
     return None if frames is None else int(bytes(frames[0]))
 
 
-def read_all(receiver: RolloutReceiver) -> list[int]:
-    """What comes until nothing more does."""
-    numbers = []
-    while (sequence := read(receiver, 0.5)) is not None:
-        numbers.append(sequence)
+def read_all(receiver: RolloutReceiver, count: int) -> list[int | None]:
+    """So many numbers, after which nothing more may come."""
+    numbers = [read(receiver) for _ in range(count)]
+    assert read(receiver, 0.2) is None
     return numbers
 
 
@@ -120,7 +132,7 @@ def test_a_learner_without_room_is_passed_over(learners: Learners) -> None:
         assert learner.destination == to(free)
         assert number(learner)
         assert read(free) == sequence
-    assert read_all(full) == list(range(taken))
+    assert read_all(full, taken) == list(range(taken))
 
 
 def test_without_learners_nothing_has_room(learners: Learners) -> None:
@@ -142,7 +154,7 @@ def test_who_waits_is_woken_by_the_first_learner_that_has_room(learners: Learner
     waiting = threading.Thread(target=lambda: found.append(learners.sender.choose(60.0)))
     waiting.start()
     while waiting.is_alive():  # libzmq tells of room after some of them
-        assert read(receivers[1], 0.1) is not None or not waiting.is_alive()
+        assert read(receivers[1]) is not None or not waiting.is_alive()
         waiting.join(0.1)
     assert found[0] is not None
     assert found[0].destination == to(receivers[1])
@@ -172,19 +184,22 @@ def test_following_the_same_learners_changes_nothing(learners: Learners) -> None
     learners.follow(*receivers)
     learners.follow(*reversed(receivers))  # another rank is not another learner
     assert learners.sender.choose(0.2) is None
-    assert sum(len(read_all(receiver)) for receiver in receivers) == taken
+    counts = [learners.sent_to(receiver) for receiver in receivers]
+    assert sum(counts) == taken
+    for receiver, count in zip(receivers, counts, strict=True):
+        assert read_all(receiver, count) == list(range(count))
 
 
 def test_a_learner_that_comes_or_goes_disturbs_no_other(learners: Learners) -> None:
     stays, goes, comes = (learners.start() for _ in range(3))
     learners.follow(stays, goes)
-    learners.fill()
+    learners.fill(0.25)
     for others in ([goes, comes], [comes], [], [goes]):
         learners.follow(*others, stays)
-        learners.fill()
-    numbers = read_all(stays)
-    assert numbers == list(range(len(numbers)))
-    assert len(numbers) >= 2
+        learners.fill(0.25)
+    count = learners.sent_to(stays)
+    assert read_all(stays, count) == list(range(count))
+    assert count >= 2
 
 
 def test_a_learner_that_is_gone_takes_nothing_any_more(learners: Learners) -> None:
@@ -210,8 +225,13 @@ def test_what_is_lost_with_a_connection_shows_as_a_gap_at_the_learner(learners: 
     learner = chosen(learners.sender)
     assert learner.sequence == taken
     assert number(learner)
-    numbers = read_all(receiver)
-    assert taken in numbers
+    numbers: list[int] = []
+    while taken not in numbers:
+        sequence = read(receiver)
+        assert sequence is not None
+        numbers.append(sequence)
+    while (sequence := read(receiver, 0.5)) is not None:
+        numbers.append(sequence)
     before = sorted(set(numbers) - {taken})
     assert before == list(range(len(before))), "of the old connection the first ones arrive"
     assert len(before) <= taken, "and the last ones may still have been waiting here"
@@ -292,7 +312,7 @@ def test_a_learner_that_refuses_us_disturbs_no_other(monkeypatch: pytest.MonkeyP
                 sent += number(learner)
         assert sender.trouble is not None
         assert strict.endpoint in sender.trouble
-        assert read_all(friend) == list(range(sent))
+        assert read_all(friend, sent) == list(range(sent))
 
 
 # --- one frame --------------------------------------------------------------------------------------
@@ -355,7 +375,7 @@ def test_a_sender_whose_learners_read_nothing_is_held_back_where_the_lag_bound_s
     learners.follow(*receivers)
     all_connected(learners.sender, num_learners)
     sent: Counter[str] = Counter()
-    while (learner := learners.sender.choose(0.5)) is not None:
+    while (learner := learners.with_room(0.3)) is not None:
         sent[learner.destination.endpoint] += learner.send(frames)
     assert len(sent) == num_learners
     for count in sent.values():
