@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(kind: str, config: RunConfig, learner_id: str, lifecycle: Lifecycle) -> int:
     """Until the pod stops."""
+    lifecycle.begin()
     keys = load_keys(config.wire.keys, "learner")
     registry = CollectorRegistry()
     metrics = LearnerMetrics(registry)

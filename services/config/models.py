@@ -255,7 +255,7 @@ class ParamserverConfig(Section):
     """An actor that is silent for this long loses its seat."""
     learner_lease_s: Annotated[float, Field(ge=1, le=600)] = 5.0
     """A learner that is silent for this long is no longer a member of the group: one that is frozen or cut
-    off holds up the others for as long."""
+    off holds up the others for as long, and one that dies together with this server for 10 s at least."""
     snapshot_interval_s: PositiveFloat = 10.0
     """Time between two snapshots on disk."""
     remembers: bool = True

@@ -294,7 +294,8 @@ def not_ready(attendance: Attendance, group: Group | None, publisher: Publisher)
     """In a few words what this learner waits for, or None.
 
     One that only waits for learners with an older configuration to go is ready to take their place:
-    Kubernetes changes them one after the other, and goes on to the next when one is ready.
+    Kubernetes changes them one after the other, and goes on to the next when one is ready. It is not while
+    the parameter server is away, or has just been restarted and waits for their weights.
     """
     if attendance.differs:
         return None

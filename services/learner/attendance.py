@@ -81,7 +81,8 @@ class Attendance:
         self.trouble: str | None = "no answer from the parameter server yet"
         """In a few words why nothing is known of the other learners, or None."""
         self.differs = False
-        """Whether the others train with another configuration, so that this learner waits for them to go."""
+        """The server says that the others train with another configuration, and that this learner may take
+        their place: it waits for them to go."""
 
     def stand(self, *, version: int, has_trained: bool, store: str) -> None:
         """In no group any more, with ``version`` complete, and ready for the next."""
@@ -187,8 +188,8 @@ class Attendance:
             return
         if not isinstance(answer, View):
             text = answer.text if isinstance(answer, Refusal) else f"a {type(answer).__name__} for an answer"
-            self.differs = isinstance(answer, Refusal) and answer.reason == "config"
-            self._trouble(f"parameter server refuses: {text}")
+            differs = isinstance(answer, Refusal) and answer.reason == "config"
+            self._trouble(f"parameter server refuses: {text}", differs=differs)
             self._pause(ANSWER_S)
             return
         self.differs = False
@@ -240,6 +241,6 @@ class Attendance:
             self._actors.popleft()
         self.num_actors = self._actors[0][1]
 
-    def _trouble(self, text: str) -> None:
-        self.trouble = text
+    def _trouble(self, text: str, *, differs: bool = False) -> None:
+        self.trouble, self.differs = text, differs
         _log.warning("not_attending", reason=text)

@@ -47,8 +47,9 @@ class Lifecycle:
             first = not self.stopping.is_set()
             self._exit_code = self._exit_code or exit_code
             self.stopping.set()
-            if first:
-                _log.info("stopping", reason=reason)
+        if first:
+            _log.info("stopping", reason=reason)
+        with self._lock:
             if not self._has_begun:  # to import torch takes seconds, and minutes with a tenth of a core
                 os._exit(self._exit_code)
 

@@ -58,9 +58,7 @@ class Upstream:
             else:
                 self.relay.unsent(now_s)
                 self._stuck_since_s = now_s if self._stuck_since_s is None else self._stuck_since_s
-        self.has_more = not all(
-            self.socket.send(goodbye, timeout_s=0.0) for goodbye in self.relay.goodbyes(now_s)
-        )
+        self.has_more = not all(self.socket.send(each, timeout_s=0.0) for each in self.relay.goodbyes())
         return replies
 
     def _is_stuck(self, now_s: float) -> bool:

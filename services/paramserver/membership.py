@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -125,12 +125,13 @@ class RelayedSeats:
         self._num_seats = num_seats
         self._guests: OrderedDict[str, _Guest] = OrderedDict()  # the next to run out comes first
         self._unasked: set[str] = set()
-        self._departed: deque[_Guest] = deque(maxlen=num_seats)
+        self._departed: dict[str, Client] = {}
 
     def renew(self, client: Client, now_s: float) -> None:
         """A newcomer keeps what it claims until upstream has spoken."""
         guest = self._guests.get(client.client_id)
         if guest is None:
+            self._departed.pop(client.client_id, None)  # it has come back
             if len(self._guests) >= self._num_seats:
                 return
             self._unasked.add(client.client_id)
@@ -153,7 +154,8 @@ class RelayedSeats:
         guest = self._guests.get(client.client_id)
         if guest is not None and client.incarnation >= guest.client.incarnation:
             self._end(client.client_id)
-            self._departed.append(replace(guest, client=client))
+            if len(self._departed) < self._num_seats:  # or its lease has to end
+                self._departed[client.client_id] = client
 
     def expire(self, now_s: float) -> None:
         """Not told upstream: a silent client may just have moved to another relay."""
@@ -184,15 +186,13 @@ class RelayedSeats:
             if guest is not None:
                 self._guests[client.client_id] = replace(guest, client=replace(guest.client, seat=seat))
 
-    def departed(self, now_s: float) -> Client | None:
+    def departed(self) -> Client | None:
         """Whose goodbye is the next to be passed on. It is this one until ``passed_on``."""
-        while self._departed and self._departed[0].until_s <= now_s:
-            self._departed.popleft()  # without a goodbye its lease is over further up as well
-        return self._departed[0].client if self._departed else None
+        return next(iter(self._departed.values()), None)
 
-    def passed_on(self) -> None:
-        """The goodbye of ``departed`` is on its way."""
-        self._departed.popleft()
+    def passed_on(self, client: Client) -> None:
+        """Its goodbye is on its way."""
+        del self._departed[client.client_id]
 
     def _end(self, client_id: str) -> None:
         del self._guests[client_id]

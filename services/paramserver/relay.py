@@ -78,14 +78,14 @@ class Relay:
         """The next Pull if it is due. It counts as open, until ``unsent``."""
         return self._pull(now_s) if now_s >= self.next_deadline_s() else None
 
-    def goodbyes(self, now_s: float) -> Iterator[list[Buffer]]:
+    def goodbyes(self) -> Iterator[list[Buffer]]:
         """Goodbyes to pass on. Whoever takes the next one has sent the one before.
 
         Where many leave at once they do not fit into a socket's queue: the others are here next time.
         """
-        while (client := self._seats.departed(now_s)) is not None:
+        while (client := self._seats.departed()) is not None:
             yield encode(Goodbye(run_id=self._run_id, sender=client))
-            self._seats.passed_on()
+            self._seats.passed_on(client)
 
     def next_deadline_s(self) -> float:
         """When the next Pull is due."""

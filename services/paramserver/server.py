@@ -24,8 +24,8 @@ Publish
 Attend
     renews a learner's place among the learners, and is answered at once with the view (``views.py``). A new
     group is news to all whose requests are held. A learner with another configuration than counts is refused
-    (`config`). It may take the place of the others, but not while they have a newer state than this server,
-    which was restarted and is about to be given it (`config_wait`). A relay takes none (`relay`).
+    (`config`). It may take their place then, but in the first minute of this server not while they have a
+    newer state than it holds (`config_wait`). A relay takes none (`relay`).
 Goodbye
     ends the sender's seat and its held request. It has no answer.
 
@@ -76,6 +76,7 @@ LOG_INTERVAL_S = 10.0
 OTHER_CONFIG = (
     "this learner's configuration is not the one that the others train with (network, loss, optimiser, ...)"
 )
+NOT_YET = f"{OTHER_CONFIG}, and this server waits for their weights before anybody takes their place"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,8 +316,9 @@ class Server:
         if self._views.attend(attend, now_s):
             answers = [self._to(peer, self._view(self._views))]
         else:
-            reason = "config_wait" if self._views.is_about_to_be_given_more else "config"
-            answers = self._refuse(peer, reason, OTHER_CONFIG, now_s)
+            waits = self._views.is_about_to_be_given_more
+            reason, text = ("config_wait", NOT_YET) if waits else ("config", OTHER_CONFIG)
+            answers = self._refuse(peer, reason, text, now_s)
         return [*answers, *self._tell_of(self._views, now_s)]
 
     def _view(self, views: Views) -> View:

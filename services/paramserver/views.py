@@ -44,9 +44,10 @@ QUIET_S = 1.5
 takes the lease.)"""
 GATHER_S = 10.0
 """A gathering waits no longer for learners that attend but do not come to stand."""
-ADOPT_S = 15.0
-"""After a restart the rest of a group that trains is waited for longer: it trains on, and would stop for
-nothing. An attempt to connect may hang for three seconds, and the next one comes up to two seconds later."""
+ADOPT_S = 10.0
+"""After a restart the rest of a group that trains is waited for at least as long: who is stopped although it
+trains was stopped for nothing. An attempt to connect may hang for three seconds, and the next one comes up to
+two later; that is twice as much. If one of them died with the server, the others wait for it in vain."""
 RETURN_S = 3.0
 """After a restart members are back within as much: their sockets try again at least every 2 s. Learners
 without a checkpoint wait as long for one that has it."""
@@ -123,9 +124,17 @@ class Views:
 
     @property
     def is_about_to_be_given_more(self) -> bool:
-        """Those who attend have a newer state than the server, and are enough to train and to publish it."""
-        newest = max((seen.attend.version for seen in self._seen.values()), default=NO_VERSION)
-        return newest > max(self.held_version, 0) and len(self) >= self._min_learners
+        """Those who attend have a newer state than this server, which is young, and are enough to publish it.
+
+        Who trains has said which version it had when it last stood, and may have far more by now.
+        """
+        if self._clock.age_s >= LATE_S or len(self) < self._min_learners:
+            return False
+        attends = [seen.attend for seen in self._seen.values()]
+        nothing_came = self.held_version <= self.restored_version
+        trains = any(attend.phase == "training" for attend in attends)
+        is_newer = any(attend.version > max(self.held_version, 0) for attend in attends)
+        return is_newer or (trains and nothing_came)
 
     def attends(self, client: Client) -> bool:
         """Whether this very process does."""
@@ -398,9 +407,10 @@ class Views:
 
 def _are_of_one_view(attends: Sequence[Attend], generation: int) -> bool:
     """Whether all of these train in this generation, as members of one group."""
+    train = all(attend.phase == "training" and attend.generation == generation for attend in attends)
+    sizes = {attend.world_size for attend in attends}
     ranks = {attend.rank for attend in attends}
-    groups = {(attend.phase, attend.generation, attend.world_size) for attend in attends}
-    return len(ranks) == len(attends) and [each[:2] for each in groups] == [("training", generation)]
+    return train and len(sizes) == 1 and len(ranks) == len(attends)
 
 
 def _member_of(attend: Attend, since: int) -> Member:

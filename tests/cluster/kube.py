@@ -40,7 +40,9 @@ BUSY = re.compile(
     "|unexpected EOF|etcdserver|ServiceUnavailable|TooManyRequests",
     re.IGNORECASE,
 )
-"""What kubectl and helm say where the API server has not answered."""
+"""What kubectl says where the API server has not answered."""
+UNREACHABLE = re.compile("Kubernetes cluster unreachable")
+"""What helm says where it has not even begun."""
 
 
 class KubectlError(AssertionError):
@@ -106,12 +108,15 @@ def run(
 
 
 def insist(
-    command: Sequence[str], stdin: str | None = None, timeout_s: float = COMMAND_S
+    command: Sequence[str],
+    stdin: str | None = None,
+    timeout_s: float = COMMAND_S,
+    busy: re.Pattern[str] = BUSY,
 ) -> subprocess.CompletedProcess[str]:
-    """The same, and again where the API server was too busy to answer."""
+    """The same, and again where the API server was too ``busy`` to answer."""
     for _ in range(TRIES - 1):
         ended = run(command, stdin, timeout_s)
-        if ended.returncode == 0 or not BUSY.search(ended.stderr):
+        if ended.returncode == 0 or not busy.search(ended.stderr):
             return ended
         threading.Event().wait(1.0)
     return run(command, stdin, timeout_s)
@@ -120,7 +125,9 @@ def insist(
 def kubectl(*arguments: str, stdin: str | None = None, timeout_s: float = COMMAND_S) -> str:
     """What kubectl prints; KubectlError if it fails or takes too long."""
     command = f"kubectl {' '.join(arguments)}"
-    give = insist if REPEATABLE.intersection(arguments[:3]) else run  # after --namespace and its name
+    is_repeatable = REPEATABLE.intersection(arguments[:3])  # after --namespace and its name
+    is_raw = "--raw" in arguments  # and then it may be a pod that does not answer
+    give = insist if is_repeatable and not is_raw else run
     try:
         ended = give(["kubectl", *arguments], stdin, timeout_s)
     except subprocess.TimeoutExpired:
@@ -166,8 +173,13 @@ class Namespace:
     def terminate(self, pod: Pod, timeout_s: float = COMMAND_S) -> End:
         """SIGTERM, as the kubelet sends it; but of a deleted pod, nobody could read later how it ended."""
         ask = ["kubectl", "--namespace", self.name, "exec", pod.name, "--", "sh", "-c", TERMINATE]
-        # kubectl itself may fail, because the container ends before the shell.
-        asked_s = int(self.until(lambda: run(ask).stdout, f"{pod.name} is asked to end", ANSWER_S))
+
+        def asked() -> str | None:
+            lives = [each for each in self.pods() if each.uid == pod.uid and each.restarts == pod.restarts]
+            # kubectl itself may fail, because the container ends before the shell.
+            return run(ask, timeout_s=timeout_s).stdout if lives else None
+
+        asked_s = int(self.until(asked, f"{pod.name} is asked to end", ANSWER_S))
 
         def end() -> End | None:
             manifest = json.loads(self.kubectl("get", "pod", pod.name, "--output=json"))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.cluster.kube import KubectlError, Namespace, Pod, insist, run
+from tests.cluster.kube import UNREACHABLE, KubectlError, Namespace, Pod, insist, run
 
 CHART = Path(__file__).parents[2] / "helm"
 HELM_S = 120.0
@@ -62,7 +62,7 @@ class Release:
         sets = [word for setting in settings for word in ("--set", setting)]
         file = [] if values is None else ["--values", "-"]
         words = ["helm", command, "--namespace", self.namespace.name, self.name, str(CHART)]
-        ended = insist([*words, *flags, *sets, *file], values, HELM_S)
+        ended = insist([*words, *flags, *sets, *file], values, HELM_S, UNREACHABLE)
         assert ended.returncode == 0, f"helm {command} {' '.join(sets)}: {ended.stderr}"
 
     def uninstall(self) -> None:

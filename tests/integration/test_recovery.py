@@ -18,8 +18,10 @@ from tests.unit.learner.waiting import until
 pytestmark = pytest.mark.integration
 
 RECOVERY_S = 10.0
-LOST_UPDATES = 10
+BEHIND_UPDATES = 10
 """What may be on its way to the parameter server. Since the last checkpoint there were many more."""
+LOST_S = 1.0
+"""Of training, at most."""
 IMPORT_S = 2.5
 """What importing torch may take for these bounds to be fair. Where it takes longer, they are wider."""
 
@@ -67,8 +69,9 @@ def test_a_run_survives_kill_9_of_each_of_its_pods(
     report = []
     with watched_versions(run) as versions:
         for victim in ("actor-0", "paramserver", "learner-0"):
+            measured_from = (run.train_until(0), time.monotonic())
             slow = slowness()
-            until(lambda: steps_behind(run) < LOST_UPDATES * STEPS_PER_UPDATE, "the server keeps up")
+            until(lambda: steps_behind(run) < BEHIND_UPDATES * STEPS_PER_UPDATE, "the server keeps up")
             version_before = run.value("paramserver", "paramserver_version") or 0
             steps_before = run.train_until(0)
             killed_s = time.monotonic()
@@ -87,6 +90,8 @@ def test_a_run_survives_kill_9_of_each_of_its_pods(
             if victim == "learner-0":
                 began_at = int(field(run.pod_events("learner-0", "group_formed")[-1], "steps"))
                 assert began_at >= version_before * STEPS_PER_UPDATE, "lost what the server held"
+                steps_per_s = (steps_before - measured_from[0]) / (killed_s - measured_from[1])
+                assert steps_before - began_at < LOST_S * slow * steps_per_s
     with capsys.disabled():
         sys.stdout.write(f"\n  kill -9 to training again: {', '.join(report)}\n")
 

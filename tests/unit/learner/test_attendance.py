@@ -259,6 +259,16 @@ def test_a_learner_with_another_configuration_knows_that_it_waits_for_the_others
     scene.hear_until(view(4, OTHER, SELF), lambda: not scene.attendance.differs)
 
 
+def test_it_does_not_while_the_server_is_away(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attendance_module, "ANSWER_S", 0.05)
+    scene.stand()
+    other_config = Refusal(reason="config", text="not the one that the others train with")
+    scene.hear_until(other_config, lambda: scene.attendance.differs)
+    until(lambda: not scene.attendance.differs)  # the next one may not know yet who trains
+    assert not_ready(scene.attendance, None, cast(Publisher, None)) is not None
+    scene.hear_until(other_config, lambda: scene.attendance.differs)
+
+
 # --- how many actors there are ---------------------------------------------------------------------
 
 

@@ -33,6 +33,18 @@ def together(
     is_over = (over or threading.Event()).is_set
 
     def learner(rank: int) -> R:
+        try:
+            group = connect(rank)
+        except BaseException:
+            connected.abort()
+            raise
+        try:
+            connected.wait()
+            return work(group)
+        finally:
+            group.leave()
+
+    def connect(rank: int) -> Group:
         peers = Peers(
             store=store.store if rank == 0 else find_store(store.address),
             rank=rank,
@@ -42,12 +54,7 @@ def together(
             device=CPU,
             is_over=is_over,
         )
-        group = Group(rank=rank, world_size=num_learners, generation=generation, peers=peers)
-        try:
-            connected.wait()
-            return work(group)
-        finally:
-            group.leave()
+        return Group(rank=rank, world_size=num_learners, generation=generation, peers=peers)
 
     with ThreadPoolExecutor(num_learners) as threads:
         return list(threads.map(learner, range(num_learners)))

@@ -97,6 +97,13 @@ def test_a_pod_that_is_still_importing_ends_at_once(children: list[Child]) -> No
     assert "stopping reason=SIGTERM" in log
 
 
+def test_what_stops_such_a_pod_names_its_exit_code(children: list[Child]) -> None:
+    child = Child("Lifecycle(has_begun=False).stop('parent process is gone', 3); say('goes on')")
+    children.append(child)
+    assert child.read() == ""
+    assert child.end()[0] == 3
+
+
 def test_a_pod_that_has_begun_stops_in_order(children: list[Child]) -> None:
     child = Child("""
         life = Lifecycle(has_begun=False)

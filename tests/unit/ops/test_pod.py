@@ -43,6 +43,32 @@ def test_modules_where_the_user_is_are_found_after_all_others(
     assert sys.path == ["/somewhere", str(tmp_path)]
 
 
+IMPORTS = """
+import threading
+from services.ops import pod
+
+def run(config, name, lifecycle):
+    print("imports", flush=True)
+    threading.Event().wait()
+
+raise SystemExit(pod.main("actor", [], run))
+"""
+
+
+def test_a_pod_that_still_imports_what_it_is_made_of_ends_at_once() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", IMPORTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as begun:
+        try:
+            assert begun.stdout is not None
+            assert begun.stdout.readline() == "imports\n"
+            begun.terminate()
+            _, log = begun.communicate(timeout=20)
+            assert begun.returncode == 0, log
+        finally:
+            begun.kill()
+
+
 BEGINS = """
 import resource
 from services.ops import pod

@@ -226,7 +226,7 @@ def requests_of(node: Node) -> list[list[Buffer]]:
     """What a relay sends upstream now, where there is room for all of it."""
     assert node.relay is not None
     pull = node.relay.pull(node.now_s)
-    return ([] if pull is None else [pull]) + list(node.relay.goodbyes(node.now_s))
+    return ([] if pull is None else [pull]) + list(node.relay.goodbyes())
 
 
 def connect(below: Node, above: Node, peer: bytes = b"relay") -> int:

@@ -197,29 +197,36 @@ def test_a_relay_knows_whether_somebody_is_new_to_upstream() -> None:
     assert observed == [False, True, False, True, False]
 
 
+def passed_on(seats: RelayedSeats) -> list[Client]:
+    """All goodbyes that wait for it."""
+    departed = []
+    while (who := seats.departed()) is not None:
+        departed.append(who)
+        seats.passed_on(who)
+    return departed
+
+
 def test_a_relay_passes_each_goodbye_on_once_but_not_the_end_of_a_lease() -> None:
     seats = RelayedSeats(LEASE_S)
     for name in "ab":
         seats.renew(client(name), 0.0)
-    seats.release(client("a"))
+    seats.release(client("a", incarnation=2))
     seats.release(client("stranger"))
-    assert [seats.departed(0.0) for _ in range(2)] == [client("a")] * 2
-    seats.passed_on()
-    assert seats.departed(0.0) is None
+    assert [seats.departed() for _ in range(2)] == [client("a", incarnation=2)] * 2
+    assert passed_on(seats) == [client("a", incarnation=2)]
     seats.expire(LEASE_S)
-    assert seats.departed(LEASE_S) is None
+    assert passed_on(seats) == []
     assert len(seats) == 0
 
 
-def test_a_goodbye_that_nobody_takes_is_kept_for_no_longer_than_the_lease() -> None:
+def test_a_goodbye_waits_for_as_long_as_it_must_but_not_for_one_that_has_come_back() -> None:
     seats = RelayedSeats(LEASE_S)
-    for name, renewed_s in (("a", 0.0), ("b", 1.0), ("c", 2.0)):
-        seats.renew(client(name), renewed_s)
-    for name in "abc":
+    for name in "ab":
+        seats.renew(client(name), 0.0)
         seats.release(client(name))
-    assert seats.departed(LEASE_S - 0.001) == client("a")
-    assert seats.departed(LEASE_S + 1.0) == client("c")
-    assert seats.departed(LEASE_S + 2.0) is None
+    seats.expire(1000 * LEASE_S)
+    seats.renew(client("a"), 1000 * LEASE_S)
+    assert passed_on(seats) == [client("b")]
 
 
 def test_a_relay_remembers_no_more_goodbyes_than_there_are_seats() -> None:
@@ -227,11 +234,7 @@ def test_a_relay_remembers_no_more_goodbyes_than_there_are_seats() -> None:
     for name in "abc":
         seats.renew(client(name), 0.0)
         seats.release(client(name))
-    departed = []
-    while (who := seats.departed(0.0)) is not None:
-        departed.append(who)
-        seats.passed_on()
-    assert departed == [client("b"), client("c")]
+    assert passed_on(seats) == [client("a"), client("b")]
 
 
 def test_a_relay_ignores_older_incarnations_and_answers_for_clients_that_have_left() -> None:

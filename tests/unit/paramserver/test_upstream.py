@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from services.paramserver.loop import Upstream
+from services.ops.metrics import ParamserverMetrics
+from services.paramserver import loop as loop_module
+from services.paramserver.loop import Loop, Upstream
 from services.wire.codec import decode
 from services.wire.messages import Buffer, Goodbye, Pull
-from services.wire.sockets import RENEW_S, Requester
-from tests.unit.paramserver.harness import EXPECTED, HOLD_S, client, cross, pull, relay
+from services.wire.sockets import RENEW_S, Replier, Requester
+from tests.unit.paramserver.harness import EXPECTED, HOLD_S, LEASE_S, LIMIT, client, cross, pull, relay
 
 SOON_S = 1.0
 """Less than the relay's patience, and longer than its pause where nobody is there."""
@@ -194,6 +198,35 @@ def test_goodbyes_that_do_not_fit_into_the_queue_are_passed_on_when_it_has_room(
     crowded.pass_time(0.05)
     assert wire.departed == [f"{number:02d}" for number in range(12)]
     assert not crowded.upstream.has_more
+
+
+def test_the_loop_waits_for_room_only_while_there_are_goodbyes_left(
+    crowded: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waited: list[list[Wire]] = []
+    monkeypatch.setattr(loop_module, "wait", lambda _sockets, _timeout_s, full: waited.append(list(full)))
+    with Replier(f"ipc://{tmp_path}/s", LIMIT) as replier:
+        loop = Loop(
+            server=crowded.node.server,
+            replier=replier,
+            metrics=ParamserverMetrics(CollectorRegistry()),
+            upstream=crowded.upstream,
+            clock=lambda: crowded.now_s,
+        )
+        loop.turn()
+        crowded.wires[0].room = 100
+        loop.turn()
+        loop.turn()
+    assert waited == [crowded.wires, crowded.wires, []]
+
+
+def test_a_relay_that_was_frozen_passes_goodbyes_on_as_well(scene: Scene) -> None:
+    scene.node.freeze(10 * LEASE_S)  # which its own leases do not count
+    scene.node.pull(b"a", pull(client("a")))
+    scene.node.goodbye(b"a", client("a"))
+    scene.now_s = scene.node.now_s
+    scene.pass_time(0.05)
+    assert "a" in [name for each in scene.wires for name in each.departed]
 
 
 def test_a_queue_full_of_goodbyes_neither_repeats_the_open_request_nor_ends_the_connection(

@@ -1031,6 +1031,25 @@ def test_a_server_is_about_to_be_given_more_until_those_who_train_have_published
     assert observed == [False, False, True, True, True, False]
 
 
+def test_who_trains_has_more_than_it_had_when_it_stood() -> None:
+    room = Room(remembers=False)
+    room.say(replace(trains("learner-0", 19), version=0))
+    observed = [room.views.is_about_to_be_given_more]
+    room.views.held_version = 10_749
+    observed.append(room.views.is_about_to_be_given_more)
+    assert observed == [True, False]
+
+
+def test_nobody_is_kept_waiting_for_more_than_a_minute_for_what_is_not_published() -> None:
+    room = Room(remembers=False)
+    room.say(replace(trains("learner-0", 19), version=10_749))
+    room.pass_time(LATE_S - BEAT_S)
+    observed = [room.views.is_about_to_be_given_more]
+    room.pass_time(BEAT_S)
+    observed.append(room.views.is_about_to_be_given_more)
+    assert observed == [True, False]
+
+
 def test_learners_that_are_too_few_to_train_are_not_about_to_give_it_anything() -> None:
     room = Room(min_learners=2)
     room.say(stands("learner-0", 19, version=10_749))
@@ -1237,7 +1256,7 @@ def test_who_trains_is_not_stopped_because_others_of_its_group_need_longer_to_fi
     room.say(trains("learner-0", 7, 0, 3))
     room.pass_time(LEASE_S)
     room.say(trains("learner-1", 7, 1, 3))
-    room.pass_time(LEASE_S)
+    room.pass_time(ADOPT_S - LEASE_S - INSTANT_S)
     room.say(trains("learner-2", 7, 2, 3))
     assert room.view == (7, ["learner-0", "learner-1", "learner-2"])
 

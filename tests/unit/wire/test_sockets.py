@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -18,7 +19,7 @@ from services.wire.codec import size_bytes
 from services.wire.keys import Keys, Role, public_of, secret_of
 from services.wire.messages import Destination
 from services.wire.security import Doorkeeper, Refused
-from services.wire.sockets import LearnerConnection, RolloutReceiver, RolloutSender
+from services.wire.sockets import LearnerConnection, Replier, Requester, RolloutReceiver, RolloutSender, wait
 from tests.unit.learner.waiting import until
 from tests.unit.wire.sending import stranger_to
 
@@ -350,6 +351,26 @@ def test_what_is_no_message_of_ours_is_given_to_the_decoder_as_it_came(
         received = receiver.receive(DEADLINE_S)
     assert received is not None
     assert [bytes(frame) for frame in received] == strange
+
+
+# --- waiting for one of several ----------------------------------------------------------------------
+
+
+def test_who_has_more_to_send_is_woken_when_there_is_room_for_it(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    with Replier(endpoint, LIMIT) as server, Requester(endpoint, LIMIT) as client:
+        assert client.send([LARGE], DEADLINE_S)
+        while client.send([LARGE], 1.0):
+            pass
+        wait([client], 0.2)  # and nothing comes
+        assert not client.send([LARGE], 0.0)
+        reads = threading.Thread(target=lambda: all(iter(lambda: server.receive(1.0), None)))
+        reads.start()
+        began_s = time.monotonic()
+        wait([client], DEADLINE_S, [client])
+        assert time.monotonic() - began_s < DEADLINE_S
+        assert client.send([LARGE], 0.0)
+        reads.join()
 
 
 # --- how much there may be under way ----------------------------------------------------------------
