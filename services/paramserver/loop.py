@@ -33,8 +33,6 @@ class Upstream:
     def __init__(self, relay: Relay, connect: Callable[[], Requester]) -> None:
         self.relay = relay
         self.socket = connect()
-        self.has_more = False
-        """Something is to be sent as soon as the socket has room for it."""
         self._connect = connect
         self._breaks = 0
         """Of the connection when the last request left."""
@@ -58,7 +56,9 @@ class Upstream:
             else:
                 self.relay.unsent(now_s)
                 self._stuck_since_s = now_s if self._stuck_since_s is None else self._stuck_since_s
-        self.has_more = not all(self.socket.send(each, timeout_s=0.0) for each in self.relay.goodbyes())
+        for goodbye in self.relay.goodbyes():
+            if not self.socket.send(goodbye, timeout_s=0.0):
+                break  # this one and the others when there is room
         return replies
 
     def _is_stuck(self, now_s: float) -> bool:
@@ -134,7 +134,7 @@ class Loop:
         if self._upstream is not None:
             deadline_s = min(deadline_s, self._upstream.relay.next_deadline_s())
             sockets.append(self._upstream.socket)
-            full += [self._upstream.socket] if self._upstream.has_more else []
+            full += [self._upstream.socket] if self._upstream.relay.has_goodbyes else []
         wait(sockets, min(max(deadline_s - self._clock(), 0.0), TURN_S), full)
 
     def _send(self, replies: list[Reply]) -> None:

@@ -87,6 +87,11 @@ class Relay:
             yield encode(Goodbye(run_id=self._run_id, sender=client))
             self._seats.passed_on(client)
 
+    @property
+    def has_goodbyes(self) -> bool:
+        """Some are to be passed on as soon as there is room for them."""
+        return self._seats.departed() is not None
+
     def next_deadline_s(self) -> float:
         """When the next Pull is due."""
         if self._open is None or (self._seats.has_unasked and not self._open.has_newcomers):

@@ -1,20 +1,10 @@
-"""A disk without room, for as long as a test wants, and logs that have all the time for one that is slow."""
+"""A disk without room, for as long as a test wants."""
 
 from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partialmethod
-
-import pytest
-
-from services.learner.replay_log import ReplayLog
-
-
-def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log that is closed waits for a disk that others use too; a test may still say for how long."""
-    monkeypatch.setattr(ReplayLog, "close", partialmethod(ReplayLog.close, timeout_s=60.0))
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from services.rl.actions import Discrete
 from services.rl.replay import ReplayMemory
 from services.wire.codec import Expected, Packer
 from services.wire.messages import Rollout
-from tests.unit.learner.disk import be_patient
 from tests.unit.learner.variants import ACTIONS, ALL, LSTM, VARIANTS, B, T, Variant
 from tests.unit.learner.waiting import until
 
@@ -41,11 +40,6 @@ OPTIMISERS = {
 }
 DEADLINE_S = 60.0
 SEED, ANOTHER_SEED = 5, 99
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    be_patient(monkeypatch)
 
 
 def variant(name: str, *flags: str) -> Variant:

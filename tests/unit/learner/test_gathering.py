@@ -125,12 +125,6 @@ def all_of(*work: Callable[[], object]) -> None:
             done.result(TIMEOUT_S)
 
 
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With learners that come late because the machine does other things too."""
-    monkeypatch.setattr(group_module, "MEET_S", 60.0)
-
-
 @pytest.fixture
 def server() -> Server:
     return Server()

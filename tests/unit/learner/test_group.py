@@ -31,12 +31,6 @@ assert SOON_S < group_module.WAIT_S
 
 
 @pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With learners that come late because the machine does other things too."""
-    monkeypatch.setattr(group_module, "MEET_S", 60.0)
-
-
-@pytest.fixture(autouse=True)
 def _nobody_left_behind() -> Iterator[None]:
     """A thread that is inside of torch when Python ends would abort it."""
     yield

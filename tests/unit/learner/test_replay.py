@@ -27,7 +27,7 @@ from services.rl.replay import ReplayMemory
 from services.wire import codec
 from services.wire.codec import Expected, WireError
 from services.wire.messages import ArraySpec, Episode, PackedArray, Rollout
-from tests.unit.learner.disk import be_patient, full_disk
+from tests.unit.learner.disk import full_disk
 from tests.unit.learner.rollouts import RUN, Counts
 from tests.unit.learner.waiting import until
 
@@ -142,11 +142,6 @@ class Scene:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_module, "POLL_S", 0.01)  # how long stopping takes
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    be_patient(monkeypatch)
 
 
 @pytest.fixture

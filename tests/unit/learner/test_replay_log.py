@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from services.learner.replay_log import MAGIC, MAX_WAITING, SEGMENT_BYTES, ReplayLog
-from tests.unit.learner.disk import be_patient, full_disk
+from tests.unit.learner.disk import full_disk
 from tests.unit.learner.waiting import until
 
 CAPACITY = 320
@@ -66,11 +66,6 @@ class Scene:
     @property
     def segments(self) -> list[Path]:
         return sorted(self.directory.glob("*.replay"))
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    be_patient(monkeypatch)
 
 
 @pytest.fixture

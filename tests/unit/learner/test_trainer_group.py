@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.learner import group as group_module
 from services.learner.batch import Batch
 from services.learner.group import Group, PeerLostError
 from services.learner.trainer import Trainer
@@ -22,12 +21,6 @@ from tests.unit.learner.variants import Variant
 
 SINGLE_THREADED = threading.Lock()
 """Networks draw their first weights from a generator that the whole process shares."""
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With learners that come late because the machine does other things too."""
-    monkeypatch.setattr(group_module, "MEET_S", 60.0)
 
 
 def make_trainer(variant: Variant, group: Group) -> Trainer:

@@ -190,14 +190,17 @@ def crowded(scene: Scene) -> Scene:
 
 def test_goodbyes_that_do_not_fit_into_the_queue_are_passed_on_when_it_has_room(crowded: Scene) -> None:
     (wire,) = crowded.wires
-    assert (wire.departed, crowded.upstream.has_more) == ([f"{number:02d}" for number in range(4)], True)
+    assert (wire.departed, crowded.upstream.relay.has_goodbyes) == (
+        [f"{number:02d}" for number in range(4)],
+        True,
+    )
     wire.room = 7
     crowded.pass_time(0.05)
-    assert (len(wire.departed), crowded.upstream.has_more) == (11, True)
+    assert (len(wire.departed), crowded.upstream.relay.has_goodbyes) == (11, True)
     wire.room = 7
     crowded.pass_time(0.05)
     assert wire.departed == [f"{number:02d}" for number in range(12)]
-    assert not crowded.upstream.has_more
+    assert not crowded.upstream.relay.has_goodbyes
 
 
 def test_the_loop_waits_for_room_only_while_there_are_goodbyes_left(
